@@ -1,0 +1,57 @@
+# `make` alone prints what there is. Everything runs in .venv, which `make setup` keeps as requirements.lock says.
+
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+STAMP := .venv/.set-up
+
+.PHONY: help setup demo test lint format unit bench up down lock clean
+
+help: ## Show this help
+	@echo "Headrace: make TARGET [ARGS='...']"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## Make .venv from the locked packages (PYTHON=... chooses the interpreter)
+
+$(STAMP): pyproject.toml requirements.lock scripts/install
+	@scripts/install
+	@touch $@
+
+demo: setup ## Run the demonstration from end to end (ARGS are its options)
+	@$(BIN)/headrace demo $(ARGS)
+
+test: lint ## Everything that must pass: lint, then all tests with their coverage
+	@$(BIN)/pytest --cov --cov-report=term $(ARGS)
+
+lint: setup ## Style, types, and the direction of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: setup ## Put the code into the one format, and mend what ruff can mend
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+unit: setup ## The tests that need no service, in seconds
+	@$(BIN)/pytest -m "not integration" tests/unit $(ARGS)
+
+bench: setup ## Measure throughput and latency on this machine
+	@$(BIN)/headrace bench $(ARGS)
+
+up: setup ## Start Kafka, Valkey and PostgreSQL on this machine, unless the settings name others
+	@$(BIN)/headrace up $(ARGS)
+
+down: setup ## Stop what `make up` started
+	@$(BIN)/headrace down $(ARGS)
+
+# The build backend goes into the lock too, and what it needs for an editable install.
+lock: setup ## Resolve pyproject.toml anew (ARGS=--upgrade for the newest versions)
+	@printf '%s\n' $$(sed -n 's/^requires = \["\(.*\)"\]/\1/p' pyproject.toml) editables | \
+		$(BIN)/uv pip compile pyproject.toml - --all-extras --universal --generate-hashes \
+		--no-header --no-emit-index-url --quiet --output-file requirements.lock $(ARGS) > /dev/null
+
+clean: ## Stop the services and remove all that was made here: their data, .venv, caches
+	@if [ -d .headrace ] && [ -x $(BIN)/python ]; then $(BIN)/python -c \
+		"from app.local.services import down; from app.settings import Settings; down(Settings(), remove_data=True)"; fi
+	@rm -rf .headrace .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

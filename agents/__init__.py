@@ -1,0 +1,1 @@
+"""Motion: what moves events through the fold and the model, one file per agent."""

@@ -1,0 +1,55 @@
+"""The order that makes positions safe: outputs acknowledged first, then profiles and position together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from agents.outbox import Outbox
+from agents.route import Route
+from tables.profiles import Profiles
+
+FLUSH_EVERY_S = 0.5  # bounds one WriteBatch, which holds the interpreter while it is written
+DURABLE_EVERY_S = 2.0  # bounds the fold after a crash to some seconds of events
+
+
+class Flush:
+    """Writes what all stages of a worker have folded. `committed` is told each safe position."""
+
+    def __init__(
+        self, stages: list[Profiles], route: Route | None, outbox: Outbox,
+        committed: Callable[[str, int, int], None], label_topic: str | None,
+    ) -> None:  # fmt: skip
+        self._stages, self._route, self._outbox = stages, route, outbox
+        self._committed, self._label_topic = committed, label_topic
+        self._lock = asyncio.Lock()
+
+    async def run(self) -> None:
+        """Flush for ever, and make it durable now and then."""
+        while True:
+            for _ in range(round(DURABLE_EVERY_S / FLUSH_EVERY_S)):
+                await asyncio.sleep(FLUSH_EVERY_S)
+                await self.once()
+            await self.durable()
+
+    async def once(self) -> None:
+        """One flush. On return all that was folded before the call is written."""
+        async with self._lock:
+            # 1. the state between two micro-batches
+            snapshots = [(stage, snapshot) for stage in self._stages for snapshot in stage.snapshots()]
+            routed = dict(self._route.positions) if self._route else {}
+            # 2. everything that was sent on the way to it has arrived
+            await self._outbox.acknowledged()
+            # 3. profiles and position in one step, a partition at a time
+            for stage, snapshot in snapshots:
+                stage.write(snapshot)
+                self._committed(stage.entity.log, snapshot.partition, snapshot.position)
+                await asyncio.sleep(0)
+            # 4. the router's place, which is all the state that it has
+            for partition, position in routed.items():
+                assert self._label_topic is not None
+                self._committed(self._label_topic, partition, position)
+
+    async def durable(self) -> None:
+        for stage in self._stages:
+            await asyncio.to_thread(stage.flush)

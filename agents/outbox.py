@@ -1,0 +1,112 @@
+"""What agents send: one queue per target partition, one batch of it in flight, the rest gathers.
+
+So a quiet stream sends each event at once, and a busy one sends few large batches, with no timer in
+between. The producer is idempotent: within a partition, records arrive once and in the order of `put`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+from models.errors import HeadraceError
+
+MOST_WAITING = 200_000  # records; above it the agents wait, and with them consumption
+
+
+class SendFailed(HeadraceError):
+    """A batch could not be delivered: the worker stops, and sends it again from its position."""
+
+
+class Outbox:
+    """producer: an idempotent aiokafka producer. clock: the time of sending, ms."""
+
+    def __init__(self, producer: Any, clock: Callable[[], int], on_failure: Callable[[Exception], None]) -> None:
+        self._producer = producer
+        self._clock = clock
+        self._on_failure = on_failure
+        self._targets: dict[tuple[str, int], _Target] = {}
+        self._waiting = 0
+        self._progress = asyncio.Event()
+        self._failure: Exception | None = None
+
+    def put(self, topic: str, partition: int, key: bytes | None, value: bytes) -> None:
+        """Queue one record."""
+        target = self._targets.get((topic, partition))
+        if target is None:
+            target = self._targets[topic, partition] = _Target()
+        target.queue.append((key, value))
+        target.put += 1
+        self._waiting += 1
+        if target.sender is None:
+            target.sender = asyncio.create_task(self._send(topic, partition, target))
+
+    def put_many(
+        self, topic: str, partitions: Sequence[int], keys: Iterable[bytes | None], values: Iterable[bytes]
+    ) -> None:
+        """Queue records in their order."""
+        for partition, key, value in zip(partitions, keys, values, strict=True):
+            self.put(topic, partition, key, value)
+
+    async def room(self) -> None:
+        """Wait while too much waits to be sent."""
+        while self._waiting > MOST_WAITING:
+            await self._next_progress()
+
+    async def acknowledged(self) -> None:
+        """Wait until all that was put before this call is acknowledged. Raises SendFailed."""
+        marks = [(target, target.put) for target in self._targets.values()]
+        for target, mark in marks:
+            while target.acknowledged < mark:
+                await self._next_progress()
+
+    async def _next_progress(self) -> None:
+        if self._failure is not None:
+            raise SendFailed(f"Kafka did not take a batch ({self._failure}); see the broker's log.")
+        self._progress.clear()
+        await self._progress.wait()
+
+    async def _send(self, topic: str, partition: int, target: _Target) -> None:
+        """Send what is queued, one batch at a time, until nothing is left."""
+        try:
+            while target.queue:
+                batch, count = self._batch(target.queue)
+                sent = await self._producer.send_batch(batch, topic, partition=partition)
+                await sent
+                for _ in range(count):
+                    target.queue.popleft()
+                target.acknowledged += count
+                self._waiting -= count
+                self._progress.set()
+        except Exception as error:  # whatever it is, no position may pass it
+            self._failure = error
+            self._progress.set()
+            self._on_failure(error)
+        finally:
+            target.sender = None
+
+    def _batch(self, queue: deque[tuple[bytes | None, bytes]]) -> tuple[Any, int]:
+        """As much of the queue as one batch holds, and how many records that is."""
+        batch, now, count = self._producer.create_batch(), self._clock(), 0
+        append = batch.append
+        for key, value in islice(queue, len(queue)):
+            if append(key=key, value=value, timestamp=now) is None:
+                break
+            count += 1
+        if not count:
+            raise SendFailed(f"a record of {len(queue[0][1])} bytes is larger than a batch may be")
+        return batch, count
+
+
+class _Target:
+    """One partition's queue, and how much was ever put to it and acknowledged."""
+
+    __slots__ = ("acknowledged", "put", "queue", "sender")
+
+    def __init__(self) -> None:
+        self.queue: deque[tuple[bytes | None, bytes]] = deque()
+        self.put = self.acknowledged = 0
+        self.sender: asyncio.Task[None] | None = None

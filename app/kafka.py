@@ -1,0 +1,176 @@
+"""Kafka as Headrace uses it: one home for clients and topics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaConnectionError, KafkaError, TopicAlreadyExistsError, for_code
+
+from models.errors import HeadraceError
+from models.pipeline import Pipeline
+from models.predictions import decode
+
+DAY_MS = 86_400_000
+SPARE_MS = 7 * DAY_MS  # a log is kept this much longer than its windows reach, for a rebuild
+OUTPUT_MS = 30 * DAY_MS
+BATCH_BYTES = 512 * 1024
+TAIL = 64  # of a partition's last records, among which its highest origin stands
+
+# aiokafka builds debug records that nobody shows: an eighth of a busy worker's time.
+logging.getLogger("aiokafka").setLevel(logging.WARNING)
+
+
+class BrokerUnreachable(HeadraceError):
+    """No broker answers at the address."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(f"No Kafka answers at {address}; start it, or set HEADRACE_KAFKA to where it runs.")
+
+
+class TopicsWrong(HeadraceError):
+    """The topics are not there, or not as the pipeline needs them."""
+
+
+def producer(address: str) -> AIOKafkaProducer:
+    """An idempotent producer for batches; it waits out a broker's restart of two minutes."""
+    return AIOKafkaProducer(
+        bootstrap_servers=address,
+        enable_idempotence=True,
+        acks="all",
+        max_batch_size=BATCH_BYTES,
+        request_timeout_ms=120_000,
+    )
+
+
+@asynccontextmanager
+async def admin(address: str) -> AsyncIterator[AIOKafkaAdminClient]:
+    """A client for topics. Raises BrokerUnreachable."""
+    client = AIOKafkaAdminClient(bootstrap_servers=address, request_timeout_ms=15_000)
+    try:
+        await asyncio.wait_for(client.start(), 15)
+    except (KafkaConnectionError, KafkaError, TimeoutError, OSError):
+        await client.close()
+        raise BrokerUnreachable(address) from None
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+def wanted_topics(pipeline: Pipeline) -> dict[str, int]:
+    """The topics of a pipeline, each with how long it keeps records, ms."""
+    reach = max(e.retention for e in pipeline.entities) + SPARE_MS
+    topics = {pipeline.stream.topic: reach, **{e.log: reach for e in pipeline.entities}}
+    if pipeline.labels is not None:
+        topics[pipeline.labels.topic] = reach
+    return {**topics, pipeline.predictions: OUTPUT_MS, pipeline.dead_letters: OUTPUT_MS}
+
+
+async def create_topics(address: str, pipeline: Pipeline, partitions: int, replication: int) -> list[str]:
+    """Create what is missing, with explicit partitions and retention. Returns what was created."""
+    async with admin(address) as client:
+        there = set(await client.list_topics())
+        new = [
+            NewTopic(
+                name, partitions, replication,
+                topic_configs={"retention.ms": str(keep), "cleanup.policy": "delete"},
+            )
+            for name, keep in wanted_topics(pipeline).items()
+            if name not in there
+        ]  # fmt: skip
+        if new:
+            response = await client.create_topics(new)
+            for topic, code, *rest in response.topic_errors:
+                error = for_code(code)
+                if code and error is not TopicAlreadyExistsError:
+                    raise TopicsWrong(f"Kafka did not create {topic}: {rest[0] if rest else error.__name__}.")
+    return [t.name for t in new]
+
+
+async def partitions_of(address: str, names: Iterable[str]) -> dict[str, int]:
+    """How many partitions each topic has, 0 where it does not exist."""
+    async with admin(address) as client:
+        there = set(await client.list_topics())
+        known = [n for n in names if n in there]
+        counts = {d["topic"]: len(d["partitions"]) for d in await client.describe_topics(known)} if known else {}
+        return {n: counts.get(n, 0) for n in names}
+
+
+async def checked_partitions(address: str, pipeline: Pipeline) -> dict[str, int]:
+    """Partitions of the pipeline's topics. Raises TopicsWrong where a worker could not run on them."""
+    counts = await partitions_of(address, wanted_topics(pipeline))
+    missing = [name for name, count in counts.items() if not count]
+    if missing:
+        raise TopicsWrong(
+            f"Kafka has no topic {missing[0]}; run `headrace topics create --pipeline {pipeline.name}`."
+        )
+    last = pipeline.entities[-1].log
+    if counts[last] != counts[pipeline.predictions]:
+        raise TopicsWrong(
+            f"{pipeline.predictions} has {counts[pipeline.predictions]} partitions and {last} has {counts[last]}; "
+            "a prediction goes to the partition of its log's number, so make them equal."
+        )
+    return counts
+
+
+async def last_origins(address: str, topic: str, partitions: Iterable[int]) -> dict[int, int]:
+    """The highest log offset whose prediction is out, by partition: what a crashed worker had sent."""
+    found: dict[int, int] = {}
+    async for record in read_between(address, topic, dict.fromkeys(partitions, -TAIL)):
+        try:
+            offset = decode(record.value).origin.offset
+        except ValueError:
+            continue  # not one of ours: a predictions topic may be written by hand
+        found[record.partition] = max(found.get(record.partition, -1), offset)
+    return found
+
+
+async def read_between(
+    address: str, topic: str, starts: dict[int, int] | None = None, isolation: str = "read_uncommitted"
+) -> AsyncIterator[Any]:
+    """All records of a topic from `starts` to its present end, in batches of partitions' order.
+
+    starts: offset by partition; below 0, so many before the end; None: the whole topic.
+    """
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=address, auto_offset_reset="earliest", isolation_level=isolation,
+        max_partition_fetch_bytes=4 * 2**20,
+    )  # fmt: skip
+    try:
+        await asyncio.wait_for(consumer.start(), 30)
+    except (KafkaConnectionError, TimeoutError, OSError):
+        await consumer.stop()
+        raise BrokerUnreachable(address) from None
+    try:
+        if starts is None:
+            await consumer._client._wait_on_metadata(topic)
+            starts = dict.fromkeys(consumer.partitions_for_topic(topic) or (), 0)
+        tps = [TopicPartition(topic, p) for p in starts]
+        if not tps:
+            return
+        consumer.assign(tps)
+        first, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
+        open_ = set()
+        for tp in tps:
+            start = starts[tp.partition]
+            start = max(first[tp], ends[tp] + start if start < 0 else start)
+            if start < ends[tp]:
+                await consumer.position(tp)
+                consumer.seek(tp, start)
+                open_.add(tp)
+        while open_:
+            got = await consumer.getmany(*open_, timeout_ms=1000)
+            for tp, records in got.items():
+                for record in records:
+                    if record.offset < ends[tp]:
+                        yield record
+            # Control records have offsets and are never given out: the position tells, not the count.
+            open_ = {tp for tp in open_ if await consumer.position(tp) < ends[tp]}
+    finally:
+        await consumer.stop()

@@ -1,0 +1,25 @@
+"""From a file of features to a model that workers load."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from app import history
+from models import training
+from models.pipeline import Pipeline
+from models.scoring import Model
+from tables import model_folder
+
+
+def train(pipeline: Pipeline, features: Path, folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Train on what `headrace features compute` wrote, and make the result the champion. Its report."""
+    started = time.perf_counter()
+    data = history.read_training(features, pipeline)
+    progress(f"{len(data.labels):,} rows of {features}")
+    trained = training.train(pipeline, data.vectors, data.labels, data.times, progress)
+    Model(trained.graph, trained.card, pipeline)  # what a worker would refuse is not saved
+    path = model_folder.save(folder, trained.graph, trained.card)
+    return {**trained.report, "version": trained.card.version, "path": str(path), "seconds": round(time.perf_counter() - started, 1)}

@@ -1,0 +1,63 @@
+"""Prometheus metrics of a worker, read from its counters when they are asked for: none on the hot path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from app.worker import Worker
+
+# name, help, labels
+RECORDS = ("headrace_records", "Records folded, by what became of them", ["entity", "outcome"])
+PROFILES = ("headrace_profiles", "Profiles in memory", ["entity"])
+PROFILE_BYTES = ("headrace_profile_bytes", "Memory of profiles, in bytes", ["entity"])
+POSITION = ("headrace_position", "Next offset of a log that is not yet flushed", ["topic", "partition"])
+PREDICTIONS = ("headrace_predictions", "Predictions sent to Kafka", [])
+LABELS = ("headrace_labels_routed", "Labels written to the entities' logs", [])
+DEAD_LETTERS = ("headrace_dead_letters", "Records sent to the dead letters", [])
+MIRRORED = ("headrace_mirrored", "Profiles written to the mirror", [])
+MIRROR_UP = ("headrace_mirror_up", "1 while Redis takes the mirror", [])
+MODEL = ("headrace_model", "The model that scores", ["pipeline", "version", "definition"])
+
+
+class WorkerCollector(Collector):
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def collect(self) -> Iterator[Metric]:
+        worker = self._worker
+        records, profiles = CounterMetricFamily(*_of(RECORDS)), GaugeMetricFamily(*_of(PROFILES))
+        sizes, positions = GaugeMetricFamily(*_of(PROFILE_BYTES)), GaugeMetricFamily(*_of(POSITION))
+        for stage in worker.stages:
+            for outcome, count in stage.counts.items():
+                records.add_metric([stage.entity.name, outcome], count)
+            profiles.add_metric([stage.entity.name], stage.size)
+            sizes.add_metric([stage.entity.name], stage.nbytes)
+        for tp, offset in worker.partitions.committable.items():
+            positions.add_metric([tp.topic, str(tp.partition)], offset)
+        card = worker.model.card
+        model = GaugeMetricFamily(*_of(MODEL))
+        model.add_metric([card.pipeline, card.version, card.definition], 1)
+        yield from (records, profiles, sizes, positions, model)
+        yield CounterMetricFamily(*PREDICTIONS[:2], value=worker.score.predicted)
+        yield CounterMetricFamily(*LABELS[:2], value=worker.route.routed if worker.route else 0)
+        yield CounterMetricFamily(*DEAD_LETTERS[:2], value=worker.dead_letters)
+        if worker.mirror is not None:
+            yield CounterMetricFamily(*MIRRORED[:2], value=worker.mirror.written)
+            yield GaugeMetricFamily(*MIRROR_UP[:2], value=worker.mirror.failing is None)
+
+
+def _of(metric: tuple[str, str, list[str]]) -> tuple[str, str, None, list[str]]:
+    name, text, labels = metric
+    return name, text, None, labels
+
+
+def registry(worker: Worker) -> CollectorRegistry:
+    result = CollectorRegistry()
+    result.register(WorkerCollector(worker))
+    return result

@@ -1,0 +1,175 @@
+"""What a deployment decides: addresses, places, ports. Nothing below `app` reads this; it gets plain values.
+
+A value comes from the environment (`HEADRACE_KAFKA`), else `.env`, else `configs/settings.yaml`, else it is
+the default. The two files are looked up in the current directory.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from app.errors import SettingsError
+
+PREFIX = "HEADRACE_"
+YAML_FILE = "configs/settings.yaml"
+SECRET = frozenset(
+    {"redis_url", "postgres_url"}
+)  # they may hold a password: neither in a repr nor in an error
+
+
+def variable(field: str) -> str:
+    """The environment variable of a setting.
+
+    >>> variable("redis_url")
+    'HEADRACE_REDIS_URL'
+    """
+    return PREFIX + field.upper()
+
+
+def _bootstrap(value: str) -> str:
+    for server in value.split(","):
+        host, _, port = server.strip().rpartition(":")
+        if not host or not port.isdigit() or "/" in server:
+            raise ValueError("it should be HOST:PORT, or several of them with commas between")
+    return value
+
+
+def _url(*schemes: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not value.startswith(tuple(f"{scheme}://" for scheme in schemes)):
+            raise ValueError(f"it should start with {' or '.join(f'{scheme}://' for scheme in schemes)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+
+
+class Settings(BaseSettings):
+    """All settings, checked and frozen. Each value that cannot be honoured is a line of a SettingsError.
+
+    Paths are kept as written: a relative one means the current directory of the command.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_file=".env",
+        env_ignore_empty=True,  # `HEADRACE_KAFKA=` in a .env means "not set"
+        dotenv_filtering="match_prefix",  # names of other programs in .env are theirs; ours are checked
+        extra="forbid",
+        frozen=True,
+    )
+
+    kafka: Annotated[str, AfterValidator(_bootstrap)] | None = Field(
+        default=None, description="Bootstrap address of Kafka, HOST:PORT. Without it, that of `headrace up`."
+    )
+    redis_url: Annotated[str, _url("redis", "rediss", "unix")] | None = Field(
+        default=None,
+        repr=False,
+        description="URL of Redis or Valkey, the mirror for readers. Without it, that of `headrace up`.",
+    )
+    postgres_url: Annotated[str, _url("postgresql", "postgres")] | None = Field(
+        default=None,
+        repr=False,
+        description="URL of PostgreSQL, the ledger. Without it, that of `headrace up`.",
+    )
+    data_root: Path = Field(
+        default=Path(".headrace"),
+        description="Directory of all local state: stores of the worker, services of `headrace up`.",
+    )
+    models_root: Path = Field(
+        default=Path("model_artifacts"), description="Directory of the models, one subdirectory per version."
+    )
+    pipelines: Path = Field(
+        default=Path("configs/pipelines"), description="Directory of the pipeline definitions (YAML)."
+    )
+    kafka_port: Port = Field(
+        default=9092, description="Port that `headrace up` prefers for Kafka; when taken, the next free one."
+    )
+    redis_port: Port = Field(
+        default=6379, description="Port that `headrace up` prefers for Valkey; when taken, the next free one."
+    )
+    postgres_port: Port = Field(
+        default=5432,
+        description="Port that `headrace up` prefers for PostgreSQL; when taken, the next free one.",
+    )
+    api_host: str = Field(default="127.0.0.1", description="Address that the query API listens on.")
+    api_port: Port = Field(default=8080, description="Port that the query API listens on.")
+    worker_port: Port = Field(
+        default=8081, description="Port of a worker's own pages: health, readiness, metrics."
+    )
+    partitions: Count = Field(
+        default=8,
+        description="Partitions of a topic that Headrace makes; the most workers that share a stage.",
+    )
+    replication: Count = Field(
+        default=1, description="Copies of each partition of a topic that Headrace makes; 3 in production."
+    )
+    log_level: Annotated[LogLevel, BeforeValidator(_upper)] = Field(
+        default="WARNING",
+        description="Least severe log record shown: DEBUG, INFO, WARNING, ERROR or CRITICAL.",
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as wrong:
+            raise SettingsError("\n".join(_sentence(error) for error in wrong.errors())) from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, dotenv_settings, InitSettingsSource(settings_cls, _read_yaml())
+
+
+def _read_yaml() -> dict[str, Any]:
+    path = Path(YAML_FILE)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (yaml.YAMLError, UnicodeDecodeError) as wrong:
+        reason = " ".join(str(wrong).split())
+        raise SettingsError(
+            f"{YAML_FILE} is no valid YAML: {reason}; correct it, or remove the file."
+        ) from None
+    if not isinstance(values, dict | None):
+        raise SettingsError(f"{YAML_FILE} should hold lines like `kafka_port: 9092`; correct or remove it.")
+    return {str(name): value for name, value in (values or {}).items() if value is not None}
+
+
+def _sentence(error: ErrorDetails) -> str:
+    """One line for a person from one of pydantic's errors."""
+    field = str(error["loc"][0])
+    name = f"{variable(field)} (or {field} in {YAML_FILE})"
+    if error["type"] == "extra_forbidden":
+        known = "the names are in ops/envs/.env.example"
+        return f"{name} is no setting of Headrace: correct the name, or remove it; {known}."
+    shown = ":" if field in SECRET else f" is {error['input']!r}, but"
+    should = error["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    default = Settings.model_fields[field].default
+    remedy = "correct it, or remove it" + ("" if default is None else f" for the default {default}")
+    if str(error["input"]).startswith("tcp://"):
+        # Kubernetes sets HEADRACE_API_PORT=tcp://10.0.0.7:8080 in every pod beside a Service "headrace-api".
+        remedy = "set `enableServiceLinks: false` in the pod, where Kubernetes sets this name for a Service"
+    return f"{name}{shown} {should}; {remedy}."

@@ -1,0 +1,330 @@
+"""Events as columns: JSON of a stream in, arrays out, bad input told apart with its reason.
+
+Numbers live in one int64 block, a column per numeric field of the stream in its order: integers,
+scaled decimals and timestamps (ms) as they are with NULL where absent, floats as their bits with
+NaN. So a block moves between stages, and between stream and batch, without a conversion.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from models.pipeline import Field, Labels, Pipeline, Stream
+from models.windows import EVENT, LABEL, NEGATIVE, NULL, POSITIVE, UNKNOWN, Bytes, Floats, Ints
+
+Key = int | str | bytes | None
+
+# An event time outside these bounds, or further ahead of its sending than a day, is absurd: it would
+# push the rows of a whole profile out of its windows.
+EARLIEST_MS = 1
+LATEST_MS = 4_102_444_800_000  # 2100-01-01
+AHEAD_MS = 86_400_000
+
+# Values that are summed stay below this, so that 2**17 of them add up exactly in int64.
+LARGEST_VALUE = 2**46
+
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_PER_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000)}
+# What a decoder raises: RecursionError is for JSON nested thousands deep.
+_UNDECODABLE = (msgspec.MsgspecError, TypeError, UnicodeDecodeError, RecursionError)
+_LABELS = {0: NEGATIVE, 1: POSITIVE, None: UNKNOWN}
+
+
+@dataclass
+class Batch:
+    """Records of one log, n of them, as columns.
+
+    kinds, labels: (n,) int8; times, ids: (n,) int64; clocks: (n,) int64 ms, when the record happened
+    (an event's time, or when its label became known); fields: (n, f) int64 block; features: (n, k)
+    of the entities before; keys: what each is keyed by; payloads: the original JSON.
+    sources: (n,) composite origin (see models.records), offsets: (n,) origin offsets; both only in
+    records between stages.
+    """
+
+    kinds: Bytes
+    labels: Bytes
+    times: Ints
+    ids: Ints
+    clocks: Ints
+    fields: Ints
+    features: Floats
+    keys: list[Any]
+    payloads: list[bytes]
+    sources: Ints | None = None
+    offsets: Ints | None = None
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def take(self, index: Ints) -> Batch:
+        """These records, in this order. index: (m,) int64."""
+        picks = index.tolist()
+        return Batch(
+            self.kinds[index],
+            self.labels[index],
+            self.times[index],
+            self.ids[index],
+            self.clocks[index],
+            self.fields[index],
+            self.features[index],
+            [self.keys[i] for i in picks],
+            [self.payloads[i] for i in picks],
+            None if self.sources is None else self.sources[index],
+            None if self.offsets is None else self.offsets[index],
+        )
+
+
+@dataclass(frozen=True)
+class Reject:
+    """Bad input: where it stood in what was decoded, and why it is none of the stream's."""
+
+    index: int
+    reason: str
+
+
+Decoded = tuple[Batch, Ints, list[Reject]]  # what is good, where it stood, and the rest
+
+
+def event_id(value: int | str) -> int:
+    """The 64-bit id of an event: an integer is its own, a string's is a hash.
+
+    >>> event_id(42), event_id("42") == event_id("42")
+    (42, True)
+    """
+    if isinstance(value, int):
+        return value
+    return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def key_bytes(key: int | str | bytes) -> bytes:
+    """The record key of an entity: the text of its key field."""
+    return key if isinstance(key, bytes) else str(key).encode()
+
+
+def scaled(values: Floats, divisor: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """Decimals as integers of 1/divisor, and which of them have no more decimals than that.
+
+    values: (n,) float64, NaN where absent, which becomes NULL and is valid.
+
+    >>> scaled(np.array([57.16, 0.005]), 100)[1].tolist()
+    [True, False]
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        exact = values * divisor
+        near = np.rint(exact)
+        valid = np.abs(exact - near) <= np.maximum(1e-6, 4 * np.spacing(np.abs(near)))
+        valid &= np.abs(near) <= LARGEST_VALUE
+        absent = np.isnan(values)
+        units = np.where(valid, near, 0).astype(np.int64)
+    units[absent] = NULL
+    return units, valid | absent
+
+
+def as_float(column: Ints, field: Field) -> Floats:
+    """A field's column of the block as float64, NaN where absent, in its own unit (not cents)."""
+    if field.type == "float":
+        return column.view(np.float64)
+    values = column / field.divisor
+    values[column == NULL] = np.nan
+    return values
+
+
+class EventDecoder:
+    """Decodes a stream's JSON, `entity_key` being the field that its log is keyed by."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.stream = stream = pipeline.stream
+        self.key = pipeline.entities[0].key
+        summed = {name for e in pipeline.entities for name in e.values}
+        fields = list(stream.fields.values())
+        self.columns = [(f, _column(f)) for f in stream.numeric]
+        self.decode_one = _decoder(
+            "Event", [(f, _json_type(f, f.name in summed)) for f in fields]
+        )
+
+    def decode(self, values: Sequence[bytes], sent: Ints) -> Decoded:
+        """Decode events. values: their JSON; sent: (n,) when their records were sent, ms."""
+        events, kept, rejects = _decode_all(self.decode_one, values)
+        n, stream = len(events), self.stream
+        valid = np.ones(n, np.bool_)
+        block = np.empty((n, len(self.columns)), np.int64)
+        times = None
+        for at, (field, column) in enumerate(self.columns):
+            block[:, at], good = column([getattr(e, field.name) for e in events])
+            _refuse(rejects, kept, valid, good, f"{field.name} has more decimals than its scale, or is too large")
+            if field.name == stream.time:
+                times = block[:, at].copy()
+        assert times is not None
+        good = (times >= EARLIEST_MS) & (times < LATEST_MS)
+        _refuse(rejects, kept, valid, good, f"{stream.time} is no time between 1970 and 2100")
+        good = times <= sent[kept] + AHEAD_MS
+        _refuse(rejects, kept, valid, good, f"{stream.time} is more than a day ahead of its sending")
+        ids = [getattr(e, stream.id) for e in events]
+        batch = Batch(
+            kinds=np.full(n, EVENT, np.int8),
+            labels=np.zeros(n, np.int8),
+            times=times,
+            ids=_ids(ids),
+            clocks=times,
+            fields=block,
+            features=np.empty((n, 0)),
+            keys=[getattr(e, self.key) for e in events],
+            payloads=[values[i] for i in kept.tolist()],
+        )
+        if valid.all():
+            return batch, kept, rejects
+        index = np.flatnonzero(valid)
+        return batch.take(index), kept[index], rejects
+
+
+@dataclass
+class LabelBatch:
+    """Labels, n of them: of which event, its state, when known, and the event's keys by field."""
+
+    times: Ints
+    ids: Ints
+    states: Bytes
+    clocks: Ints
+    keys: dict[str, list[Key]]
+
+
+class LabelDecoder:
+    """Decodes a label stream's JSON: the event's id, time and keys, the label, and when it was known."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        assert pipeline.labels is not None
+        stream, labels = pipeline.stream, pipeline.labels
+        self.stream, self.labels = stream, labels
+        self.keys = [e.key for e in pipeline.entities if e.labelled]
+        known = Field(labels.known, "timestamp", unit=stream.fields[stream.time].unit)
+        self.times = _column(stream.fields[stream.time])
+        needed = {n: stream.fields[n] for n in (stream.id, stream.time, *self.keys)}
+        typed: list[tuple[Field, Any]] = [(f, _json_type(f, False)) for f in needed.values()]
+        typed += [(known, _json_type(known, False)), (Field(labels.field, "int"), int | None)]
+        self.decode_one = _decoder("Label", typed)
+
+    def decode(self, values: Sequence[bytes]) -> tuple[LabelBatch, Ints, list[Reject]]:
+        """Decode labels. Those that are good, where they stood, and the rest."""
+        found, kept, rejects = _decode_all(self.decode_one, values)
+        stream, labels = self.stream, self.labels
+        valid = np.ones(len(found), np.bool_)
+        given = [getattr(x, labels.field) for x in found]
+        good = np.array([g in _LABELS for g in given], np.bool_)
+        _refuse(rejects, kept, valid, good, f"{labels.field} is none of 0, 1 and null")
+        times, _ = self.times([getattr(x, stream.time) for x in found])
+        clocks, _ = self.times([getattr(x, labels.known) for x in found])
+        good = (times >= EARLIEST_MS) & (times < LATEST_MS)
+        _refuse(rejects, kept, valid, good, f"{stream.time} is no time between 1970 and 2100")
+        index = np.flatnonzero(valid)
+        picks = index.tolist()
+        batch = LabelBatch(
+            times[index],
+            _ids([getattr(found[i], stream.id) for i in picks]),
+            np.array([_LABELS[given[i]] for i in picks], np.int8),
+            clocks[index],
+            {key: [getattr(found[i], key) for i in picks] for key in self.keys},
+        )
+        return batch, kept[index], rejects
+
+
+def _ids(ids: list[Any]) -> Ints:
+    if ids and isinstance(ids[0], str):
+        ids = [event_id(i) for i in ids]
+    return np.array(ids, np.int64)
+
+
+def _decode_all(decode: Callable[[bytes], Any], values: Sequence[bytes]) -> tuple[list[Any], Ints, list[Reject]]:
+    try:
+        return [decode(v) for v in values], np.arange(len(values)), []
+    except _UNDECODABLE:
+        pass  # some are bad: look at each
+    good, kept, rejects = [], [], []
+    for i, value in enumerate(values):
+        try:
+            good.append(decode(value))
+            kept.append(i)
+        except _UNDECODABLE as error:
+            rejects.append(Reject(i, "the record is empty" if not value else str(error)))
+    return good, np.array(kept, np.int64), rejects
+
+
+def _refuse(
+    rejects: list[Reject], kept: Ints, valid: npt.NDArray[np.bool_], good: npt.NDArray[np.bool_], reason: str
+) -> None:
+    """Mark what is not good; the first reason found for a record is the one that is told."""
+    if good.all():
+        return
+    rejects.extend(Reject(int(kept[i]), reason) for i in np.flatnonzero(valid & ~good).tolist())
+    valid &= good
+
+
+def _decoder(name: str, typed: list[tuple[Field, Any]]) -> Callable[[bytes], Any]:
+    fields: list[Any] = [(f.name, kind) for f, kind in typed if not f.optional]
+    fields += [(f.name, kind | None, None) for f, kind in typed if f.optional]
+    struct = msgspec.defstruct(name, fields, gc=False)
+    return msgspec.json.Decoder(struct).decode
+
+
+def _json_type(field: Field, summed: bool) -> Any:
+    if field.type == "int":
+        largest = LARGEST_VALUE if summed else 2**63 - 1
+        return Annotated[int, msgspec.Meta(ge=-largest, le=largest)]
+    if field.type == "timestamp":
+        return dt.datetime if field.unit == "iso" else Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
+    return str if field.type == "string" else float
+
+
+def _column(field: Field) -> Callable[[list[Any]], tuple[Ints, Any]]:
+    """How a list of decoded values becomes an int64 column and a mask of those that are valid."""
+
+    def integers(values: list[Any]) -> tuple[Ints, Any]:
+        if field.optional:
+            values = [NULL if v is None else v for v in values]
+        return np.array(values, np.int64), np.True_
+
+    def instants(values: list[Any]) -> tuple[Ints, Any]:
+        if field.unit == "iso":
+            values = [None if v is None else _from_datetime(v) for v in values]
+            return integers(values)
+        column, _ = integers(values)
+        times, per = _PER_MS[field.unit]
+        return np.where(column == NULL, NULL, column * times // per), np.True_
+
+    def floats(values: list[Any]) -> Floats:
+        return np.array([np.nan if v is None else v for v in values] if field.optional else values, np.float64)
+
+    match field.type:
+        case "int":
+            return integers
+        case "timestamp":
+            return instants
+        case "decimal":
+            return lambda values: scaled(floats(values), field.divisor)
+        case _:
+            return lambda values: (floats(values).view(np.int64), np.True_)
+
+
+def _from_datetime(value: dt.datetime) -> int:
+    """Milliseconds; a time without a zone is UTC."""
+    if value.tzinfo is None:
+        value = value.replace(tzinfo=dt.UTC)
+    return (value - _EPOCH) // dt.timedelta(milliseconds=1)
+
+
+def texts(stream: Stream, names: Sequence[str]) -> Callable[[bytes], Any]:
+    """A decoder of just these fields of an event that was checked before."""
+    return _decoder("Texts", [(stream.fields[n], _json_type(stream.fields[n], False)) for n in names])
+
+
+__all__ = [
+    "LABEL", "Batch", "Decoded", "EventDecoder", "Key", "LabelBatch", "LabelDecoder", "Labels", "Reject",
+    "as_float", "event_id", "key_bytes", "scaled", "texts",
+]  # fmt: skip

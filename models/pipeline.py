@@ -1,0 +1,594 @@
+"""Pipeline files: what a user writes, checked, and compiled once to what the fold walks.
+
+`load` reads `configs/pipelines/NAME.yaml` and returns a `Pipeline`, or raises `PipelineError` with
+file, line, field and remedy. Nothing behind this module looks at YAML again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import yaml
+
+from models import expressions, windows
+from models.errors import HeadraceError
+
+# Raised when the meaning of an aggregate or the layout of a profile changes: every definition hash
+# changes with it, so no store, vector or model of another meaning is ever read.
+MEANING = 1
+
+_UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,200}")
+_T = TypeVar("_T")
+
+
+class PipelineError(HeadraceError):
+    """`file:line: field: what is wrong; what to write instead`."""
+
+    exit_code = 2
+
+
+# --- what a file holds -------------------------------------------------------------------------
+
+
+class FieldSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A field of a stream. `scale`: decimals after the point. `unit`: of a timestamp."""
+
+    type: Literal["int", "float", "decimal", "string", "timestamp"]
+    scale: int = 0
+    unit: Literal["s", "ms", "us", "iso"] = "ms"
+    optional: bool = False
+
+
+class StreamSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A topic of JSON events. `id` and `time` name the fields that identify and date an event."""
+
+    id: str
+    time: str
+    fields: dict[str, Any]
+    topic: str | None = None
+
+
+class LabelsSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The stream of labels. A label carries the event's id, time and entity keys under the stream's names.
+
+    `field` holds 0, 1 or null (unknown again); `known` is the field with the time at which it became
+    known, in the unit of the event time.
+    """
+
+    field: str
+    known: str
+    topic: str | None = None
+
+
+class FeatureSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """An aggregate over (t - delay - window, t - delay]. `of`: the field, for sum, mean and share."""
+
+    aggregate: Literal["count", "sum", "mean", "share"]
+    window: str
+    of: str | None = None
+    delay: str = "0s"
+
+
+class EntitySpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What features are about. `key`: the field that names it; null gives no update and NaN features."""
+
+    key: str
+    features: dict[str, Any]
+
+
+class ModelSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Gradient-boosted trees, and the decisions by score.
+
+    `decisions`: name to the share of training events that score at or above its threshold; the
+    decision of an event is the rarest whose threshold it reaches, `otherwise` if none.
+    """
+
+    decisions: dict[str, float]
+    otherwise: str = "pass"
+    trees: int = 100
+    depth: int = 4
+    learning_rate: float = 0.1
+    seed: int = 0
+    test_days: int = 14
+
+
+class PipelineSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One pipeline file."""
+
+    name: str
+    streams: dict[str, Any]
+    entities: dict[str, Any]
+    vector: list[str]
+    model: ModelSpec
+    labels: LabelsSpec | None = None
+    transforms: dict[str, str] = {}
+    lateness: str = "1h"
+    predictions_carry_features: bool = True
+
+
+# --- what it is compiled to --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Field:
+    """A typed field. `divisor`: how many units of the int64 column make one (100 for cents)."""
+
+    name: str
+    type: str
+    divisor: int = 1
+    unit: str = "ms"
+    optional: bool = False
+
+    @property
+    def integral(self) -> bool:
+        """Whether its column is int64 (NULL where absent); a float's is float64 (NaN), a string's a list."""
+        return self.type in ("int", "decimal", "timestamp")
+
+
+@dataclass(frozen=True)
+class Stream:
+    topic: str
+    id: str
+    time: str
+    fields: dict[str, Field]
+
+    @property
+    def numeric(self) -> list[Field]:
+        return [f for f in self.fields.values() if f.type != "string"]
+
+
+@dataclass(frozen=True)
+class Labels:
+    topic: str
+    field: str
+    known: str
+
+
+@dataclass(frozen=True)
+class Entity:
+    """One stage of the chain: whose log it folds, and the features that it reads."""
+
+    name: str
+    key: str
+    log: str
+    features: tuple[str, ...]
+    values: tuple[str, ...]  # the fields that become value columns, in their order
+    labelled: bool
+    plan: windows.Plan
+
+    @property
+    def retention(self) -> int:
+        """How far back a profile's rows reach, ms: also how long its mirror is worth keeping."""
+        return self.plan.retention
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    name: str
+    stream: Stream
+    labels: Labels | None
+    entities: tuple[Entity, ...]
+    transforms: dict[str, expressions.Expression]
+    vector: tuple[str, ...]
+    model: ModelSpec
+    lateness: int
+    predictions_carry_features: bool
+    definition: str  # the definition hash: 16 hex digits
+
+    @property
+    def predictions(self) -> str:
+        return f"{self.name}.predictions"
+
+    @property
+    def dead_letters(self) -> str:
+        return f"{self.name}.dead-letters"
+
+    @cached_property
+    def sources(self) -> tuple[tuple[str, str], ...]:
+        """Where each place of the vector comes from: ("field"|"transform"|entity name, name)."""
+        owner = {name: e.name for e in self.entities for name in e.features}
+        return tuple(
+            (owner.get(name) or ("transform" if name in self.transforms else "field"), name)
+            for name in self.vector
+        )
+
+    def entity(self, name: str) -> Entity:
+        for entity in self.entities:
+            if entity.name == name:
+                return entity
+        known = ", ".join(e.name for e in self.entities)
+        raise HeadraceError(f"The pipeline {self.name} has no entity {name!r}; it has {known}.")
+
+
+def load(path: Path, alias: str | None = None) -> Pipeline:
+    """Read, check and compile one pipeline file. Raises PipelineError.
+
+    alias: run under another name, with topics and stores of its own.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot be read ({error.strerror}); check the path.") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise PipelineError(f"{path}:{line}: this is not UTF-8; save the file as UTF-8.") from None
+    return parse(text, str(path), alias)
+
+
+def find(name: str, folder: Path, alias: str | None = None) -> Pipeline:
+    """The pipeline of this name in a folder of pipeline files."""
+    path = folder / f"{name}.yaml"
+    if path.is_file():
+        return load(path, alias)
+    names = sorted(p.stem for p in folder.glob("*.yaml"))
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names) or 'none'}."
+    raise PipelineError(f"There is no pipeline {name!r} in {folder}; {hint}")
+
+
+def parse(text: str, file: str = "<pipeline>", alias: str | None = None) -> Pipeline:
+    """Check and compile the text of a pipeline file. Raises PipelineError.
+
+    >>> parse("name: x", "x.yaml")
+    Traceback (most recent call last):
+    models.pipeline.PipelineError: x.yaml:1: $: Object missing required field `streams`; see configs/pipelines/schema.json.
+    """
+    return _Compiler(text, file).compile(alias)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a pipeline file, for editors."""
+    specs: list[Any] = [PipelineSpec, StreamSpec, EntitySpec, FeatureSpec, FieldSpec]
+    (root, *_), parts = msgspec.json.schema_components(specs, ref_template="#/$defs/{name}")
+    for owner, field, part in (
+        ("PipelineSpec", "streams", "StreamSpec"),
+        ("PipelineSpec", "entities", "EntitySpec"),
+        ("EntitySpec", "features", "FeatureSpec"),
+        ("StreamSpec", "fields", "FieldSpec"),
+    ):
+        # These are checked one by one when a file is read, so that an error can name its line.
+        entry: dict[str, Any] = {"$ref": f"#/$defs/{part}"}
+        if part == "FieldSpec":
+            entry = {"anyOf": [entry, parts["FieldSpec"]["properties"]["type"]]}
+        parts[owner]["properties"][field]["additionalProperties"] = entry
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root, "$defs": parts}
+
+
+class _Compiler:
+    """Reads one file. Errors know the line of the node that they speak of."""
+
+    def __init__(self, text: str, file: str) -> None:
+        self.file = file
+        try:
+            self.root = yaml.compose(text, Loader=yaml.SafeLoader)
+            self.data = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader underneath
+        except yaml.MarkedYAMLError as error:
+            line = (error.problem_mark.line + 1) if error.problem_mark else 1
+            raise PipelineError(f"{file}:{line}: {error.problem}; mend the YAML.") from None
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            raise PipelineError(f"{file}:{line}: {error.reason}; mend the YAML.") from None
+        if not isinstance(self.data, dict):
+            raise PipelineError(f"{file}:1: a pipeline is a mapping that begins with 'name:'.")
+
+    def fail(self, path: tuple[Any, ...], problem: str) -> PipelineError:
+        field = ".".join(map(str, path)) or "$"
+        return PipelineError(f"{self.file}:{self.line(path)}: {field}: {problem}")
+
+    def line(self, path: tuple[Any, ...]) -> int:
+        """The line of the deepest node of this path that the file has."""
+        node, line = self.root, 1
+        for part in path:
+            if isinstance(node, yaml.MappingNode):
+                found = [(k, v) for k, v in node.value if k.value == str(part)]
+                if not found:
+                    break
+                key, node = found[-1]
+                line = key.start_mark.line + 1
+            elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+                node = node.value[part]
+                line = node.start_mark.line + 1
+            else:
+                break
+        return line
+
+    def convert(self, data: Any, to: type[_T], *path: Any) -> _T:
+        try:
+            return msgspec.convert(data, to, strict=True)
+        except msgspec.ValidationError as error:
+            message, _, where = str(error).partition(" - at `")
+            where = where.removeprefix("key` in `")
+            inner = [int(p) if p.isdigit() else p for p in re.findall(r"[^$.\[\]`]+", where)]
+            unknown = re.search(r"unknown field `(.+?)`", message)
+            if unknown:
+                owner: Any = {"labels": LabelsSpec, "model": ModelSpec}[str(inner[0])] if inner else to
+                inner.append(unknown[1])
+                known = [f.encode_name for f in msgspec.structs.fields(owner)]
+                near = difflib.get_close_matches(unknown[1], known, 1)
+                message += f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}."
+            else:
+                message += "; see configs/pipelines/schema.json."
+            raise self.fail((*path, *inner), message) from None
+
+    def compile(self, alias: str | None) -> Pipeline:
+        spec = self.convert(self.data, PipelineSpec)
+        self.file_matches(spec.name)
+        if alias is not None:
+            spec = msgspec.structs.replace(spec, name=alias)
+        if not _TOPIC.fullmatch(spec.name):
+            raise self.fail(("name",), "a name has letters, digits, '.', '_' and '-', for it names topics.")
+        stream = self.stream(spec)
+        labels = self.labels(spec, stream)
+        lateness = self.duration(spec.lateness, "lateness")
+        transforms = self.transforms(spec, stream)
+        entities = self.entities(spec, stream, lateness)
+        self.vector(spec, stream, transforms, entities)
+        self.model(spec)
+        return Pipeline(
+            name=spec.name,
+            stream=stream,
+            labels=labels,
+            entities=entities,
+            transforms=transforms,
+            vector=tuple(spec.vector),
+            model=spec.model,
+            lateness=lateness,
+            predictions_carry_features=spec.predictions_carry_features,
+            definition=_definition(stream, labels, entities, transforms, spec.vector),
+        )
+
+    def file_matches(self, name: str) -> None:
+        stem = Path(self.file).stem
+        if not self.file.startswith("<") and stem != name:
+            raise self.fail(("name",), f"the file is {stem}.yaml; name the pipeline {stem}, or rename the file.")
+
+    def stream(self, spec: PipelineSpec) -> Stream:
+        if len(spec.streams) != 1:
+            raise self.fail(
+                ("streams",), f"there are {len(spec.streams)}; this version takes exactly one stream of events."
+            )
+        ((name, data),) = spec.streams.items()
+        at = ("streams", name)
+        stream = self.convert(data, StreamSpec, *at)
+        fields = {}
+        for field_name, value in stream.fields.items():
+            where = (*at, "fields", field_name)
+            if not _NAME.fullmatch(field_name):
+                raise self.fail(where, "a field's name has letters, digits and '_'.")
+            given = self.convert({"type": value} if isinstance(value, str) else value, FieldSpec, *where)
+            fields[field_name] = self.field(given, field_name, where)
+        for role, field in (("id", stream.id), ("time", stream.time)):
+            self.known_field(field, fields, (*at, role))
+            if fields[field].optional:
+                raise self.fail((*at, "fields", field), f"the event's {role} cannot be optional.")
+        if fields[stream.id].type not in ("int", "string"):
+            raise self.fail((*at, "id"), f"{stream.id} is a {fields[stream.id].type}; an id is int or string.")
+        if fields[stream.time].type != "timestamp":
+            raise self.fail((*at, "time"), f"{stream.time} is no timestamp; declare it as one, with its unit.")
+        return Stream(self.topic(stream.topic, f"{spec.name}.{name}", at), stream.id, stream.time, fields)
+
+    def field(self, given: FieldSpec, name: str, at: tuple[Any, ...]) -> Field:
+        if given.scale and given.type != "decimal":
+            raise self.fail((*at, "scale"), f"a {given.type} has no scale; use type: decimal, or drop it.")
+        if not 0 <= given.scale <= 9:
+            raise self.fail((*at, "scale"), f"{given.scale} is not between 0 and 9 decimals.")
+        return Field(name, given.type, 10**given.scale, given.unit, given.optional)
+
+    def labels(self, spec: PipelineSpec, stream: Stream) -> Labels | None:
+        if spec.labels is None:
+            return None
+        for role in ("field", "known"):
+            name = getattr(spec.labels, role)
+            if not _NAME.fullmatch(name):
+                raise self.fail(("labels", role), "a field's name has letters, digits and '_'.")
+            if name in stream.fields:
+                raise self.fail(("labels", role), f"{name} is a field of the stream; an event cannot know it.")
+        if spec.labels.field == spec.labels.known:
+            raise self.fail(("labels", "known"), f"{spec.labels.known} is the label itself; name the field with the time.")
+        topic = self.topic(spec.labels.topic, f"{spec.name}.labels", ("labels",))
+        return Labels(topic, spec.labels.field, spec.labels.known)
+
+    def topic(self, given: str | None, default: str, at: tuple[Any, ...]) -> str:
+        if given is not None and not _TOPIC.fullmatch(given):
+            raise self.fail((*at, "topic"), f"{given!r} is no topic name: letters, digits, '.', '_' and '-'.")
+        return given or default
+
+    def transforms(self, spec: PipelineSpec, stream: Stream) -> dict[str, expressions.Expression]:
+        types = {name: field.type for name, field in stream.fields.items()}
+        compiled = {}
+        for name, text in spec.transforms.items():
+            self.new_name(name, stream, ("transforms", name))
+            try:
+                compiled[name] = expressions.parse(text, types)
+            except expressions.ExpressionError as error:
+                raise self.fail(("transforms", name), f"{error}.") from None
+        return compiled
+
+    def entities(self, spec: PipelineSpec, stream: Stream, lateness: int) -> tuple[Entity, ...]:
+        if not spec.entities:
+            raise self.fail(("entities",), "there is none; name at least one, with its key and features.")
+        entities: list[Entity] = []
+        taken = set(spec.transforms)
+        for name, data in spec.entities.items():
+            at = ("entities", name)
+            if not _TOPIC.fullmatch(name):
+                raise self.fail(at, "an entity's name has letters, digits, '.', '_' and '-'.")
+            entity = self.convert(data, EntitySpec, *at)
+            self.known_field(entity.key, stream.fields, (*at, "key"))
+            if stream.fields[entity.key].type not in ("int", "string"):
+                raise self.fail((*at, "key"), f"{entity.key} is no int or string, so it cannot be a key.")
+            log = f"{spec.name}.{name}.log" if entities else stream.topic
+            entities.append(self.entity(spec, stream, name, entity, log, lateness, taken))
+        return tuple(entities)
+
+    def entity(
+        self, spec: PipelineSpec, stream: Stream, name: str, entity: EntitySpec, log: str, lateness: int,
+        taken: set[str],
+    ) -> Entity:  # fmt: skip
+        aggregates: list[windows.Aggregate] = []
+        values: list[str] = []
+        labelled = False
+        for feature_name, data in entity.features.items():
+            at = ("entities", name, "features", feature_name)
+            self.new_name(feature_name, stream, at)
+            if feature_name in taken:
+                raise self.fail(at, "another feature or transform has this name; rename one.")
+            taken.add(feature_name)
+            feature = self.convert(data, FeatureSpec, *at)
+            window = self.duration(feature.window, *at, "window")
+            delay = self.duration(feature.delay, *at, "delay")
+            if window <= 0:
+                raise self.fail((*at, "window"), "a window is longer than 0; write 1h, 7d or the like.")
+            kind = windows.AGGREGATES[feature.aggregate]
+            value, divisor = 0, 1
+            if kind == windows.SHARE:
+                labelled = True
+                self.labelled(spec, feature, at, log == stream.topic, delay)
+            elif kind == windows.COUNT:
+                if feature.of is not None:
+                    raise self.fail((*at, "of"), "count counts events and takes no field; drop 'of'.")
+            else:
+                value, divisor = self.value(stream, feature, at, values)
+            aggregates.append(windows.Aggregate(kind, window, delay, value, divisor))
+        plan = windows.plan(aggregates, len(values), lateness)
+        return Entity(name, entity.key, log, tuple(entity.features), tuple(values), labelled, plan)
+
+    def labelled(
+        self, spec: PipelineSpec, feature: FeatureSpec, at: tuple[Any, ...], first: bool, delay: int
+    ) -> None:
+        if spec.labels is None:
+            raise self.fail(at, "a share needs labels; add 'labels:' with field and known.")
+        if feature.of != spec.labels.field:
+            raise self.fail((*at, "of"), f"a share is of the label; write of: {spec.labels.field}.")
+        if first:
+            raise self.fail(
+                at,
+                "the first entity's log is the stream itself, which carries no labels; put an entity without "
+                "label features first.",
+            )
+        if delay <= 0:
+            raise self.fail(
+                (*at, "delay"), "no label is known at its event; write the delay by which it is, delay: 7d."
+            )
+
+    def value(
+        self, stream: Stream, feature: FeatureSpec, at: tuple[Any, ...], values: list[str]
+    ) -> tuple[int, int]:
+        if feature.of is None:
+            raise self.fail(at, f"{feature.aggregate} needs a field; write of: FIELD.")
+        self.known_field(feature.of, stream.fields, (*at, "of"))
+        field = stream.fields[feature.of]
+        if field.type not in ("int", "decimal"):
+            raise self.fail(
+                (*at, "of"),
+                f"{feature.of} is a {field.type}; sums are exact on integers only: declare it as int, or as "
+                "{type: decimal, scale: 2}.",
+            )
+        if feature.of not in values:
+            values.append(feature.of)
+        return values.index(feature.of), field.divisor
+
+    def vector(
+        self, spec: PipelineSpec, stream: Stream, transforms: dict[str, Any], entities: tuple[Entity, ...]
+    ) -> None:
+        known = [*stream.fields, *transforms, *(name for e in entities for name in e.features)]
+        for i, name in enumerate(spec.vector):
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]}?" if near else "name a field, a transform or a feature."
+                raise self.fail(("vector", i), f"there is no {name!r}; {hint}")
+            if name in stream.fields and stream.fields[name].type in ("string", "timestamp"):
+                raise self.fail(("vector", i), f"{name} is a {stream.fields[name].type}, not a number.")
+            if spec.vector.index(name) != i:
+                raise self.fail(("vector", i), f"{name} stands twice; a model takes each input once.")
+        if not spec.vector:
+            raise self.fail(("vector",), "it is empty; name what the model sees, in its order.")
+
+    def model(self, spec: PipelineSpec) -> None:
+        model = spec.model
+        if not model.decisions:
+            raise self.fail(("model", "decisions"), "there is none; write for instance alert: 0.01.")
+        for name, share in model.decisions.items():
+            if not 0 < share < 1:
+                raise self.fail(("model", "decisions", name), f"{share} is no share between 0 and 1.")
+        for bound in ("trees", "depth", "learning_rate", "test_days"):
+            if not 0 < getattr(model, bound) < math.inf:
+                raise self.fail(("model", bound), "it must be above 0.")
+
+    def new_name(self, name: str, stream: Stream, at: tuple[Any, ...]) -> None:
+        if not _NAME.fullmatch(name):
+            raise self.fail(at, "a feature's name has letters, digits and '_'.")
+        if name in stream.fields:
+            raise self.fail(at, "a field of the stream has this name; rename the feature.")
+
+    def known_field(self, name: str, fields: dict[str, Field], at: tuple[Any, ...]) -> None:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(fields)}."
+            raise self.fail(at, f"the stream has no field {name!r}; {hint}")
+
+    def duration(self, text: str, *at: Any) -> int:
+        """Milliseconds of '90s', '1h', '7d'."""
+        match = re.fullmatch(r"(\d+)(ms|s|m|h|d)", text)
+        if not match:
+            raise self.fail(at, f"{text!r} is no duration; write a whole number and ms, s, m, h or d: 7d.")
+        duration = int(match[1]) * _UNITS_MS[match[2]]
+        if duration > 4000 * _UNITS_MS["d"]:
+            raise self.fail(at, f"{text!r} is longer than 4000 days.")
+        return duration
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML lets a later key replace an earlier one in silence; a definition must not."""
+
+
+def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(
+                problem="a key is a name, not a list or a mapping", problem_mark=key.start_mark
+            )
+        if key.value in seen:
+            raise yaml.MarkedYAMLError(
+                problem=f"{key.value!r} stands twice", problem_mark=key.start_mark
+            )
+        seen.add(key.value)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _definition(
+    stream: Stream, labels: Labels | None, entities: tuple[Entity, ...],
+    transforms: dict[str, expressions.Expression], vector: list[str],
+) -> str:  # fmt: skip
+    """A hash of all that decides a feature's value, and of nothing else: no topic, no decision, no comment."""
+    used = {stream.id, stream.time, *(e.key for e in entities), *(v for e in entities for v in e.values)}
+    used |= {name for t in transforms.values() for name in t.uses} | (set(vector) & set(stream.fields))
+    meaning = {
+        "meaning": MEANING,
+        "id": stream.id,
+        "time": stream.time,
+        "block": [f.name for f in stream.numeric],  # the order in which records between stages hold them
+        "fields": [(f.name, f.type, f.divisor, f.unit, f.optional) for n, f in sorted(stream.fields.items()) if n in used],
+        "label": labels.field if labels else None,
+        "entities": [
+            (e.name, e.key, e.features, e.values, e.plan.bounds.tolist(), e.plan.ops.tolist(), e.plan.retention)
+            for e in entities
+        ],
+        "transforms": [(name, t.text) for name, t in sorted(transforms.items())],
+        "vector": vector,
+    }
+    return hashlib.sha256(msgspec.json.encode(meaning)).hexdigest()[:16]

@@ -1,0 +1,162 @@
+"""The record between stages: what a stage hands on, as fixed-width bytes and the original event.
+
+A record carries its origin (which log of whom, partition, offset) so that its receiver can drop
+what it has seen, the numeric block of the event, and the features so far. Decoding a batch is one
+`frombuffer`, whatever the number of fields. Little-endian throughout:
+
+    magic u4 | layout u4 | kind i1 | label i1 | source i2 | partition i4 | offset i8 | time i8 | id i8 | clock i8
+    | fields i8 x f | features f8 x k | the original JSON
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from models.events import Batch, Decoded, LabelBatch, Reject, key_bytes, texts
+from models.pipeline import Pipeline
+from models.windows import EVENT, LABEL, Bytes, Floats, Ints, jit
+
+_MAGIC = 0x52_44_52_48  # "HRDR"
+
+# Who wrote a record, the high part of a source.
+FROM_STAGE, FROM_LABELS = 0, 1
+
+
+class RecordCodec:
+    """Records of the log that stage number `stage` of a pipeline reads (1 is the second entity's)."""
+
+    def __init__(self, pipeline: Pipeline, stage: int) -> None:
+        self.carried = sum(len(e.features) for e in pipeline.entities[:stage])
+        self.fields = len(pipeline.stream.numeric)
+        self.dtype = np.dtype(
+            [
+                ("magic", "<u4"), ("layout", "<u4"), ("kind", "i1"), ("label", "i1"), ("source", "<i2"), ("partition", "<i4"),
+                ("offset", "<i8"), ("time", "<i8"), ("id", "<i8"), ("clock", "<i8"),
+                ("fields", "<i8", (self.fields,)), ("features", "<f8", (self.carried,)),
+            ]
+        )  # fmt: skip
+        # Another definition must not read these bytes as its own.
+        self.layout = zlib.crc32(f"{pipeline.definition} {stage} {self.dtype}".encode())
+
+    def encode(self, batch: Batch, features: Floats, partitions: Ints, offsets: Ints) -> list[bytes]:
+        """A stage's records for its events. partitions, offsets: (n,) where each stood in its log."""
+        heads = self._heads(len(batch), EVENT, FROM_STAGE, partitions, offsets)
+        heads["time"], heads["id"], heads["clock"] = batch.times, batch.ids, batch.clocks
+        heads["fields"] = batch.fields
+        heads["features"][:, : batch.features.shape[1]] = batch.features
+        heads["features"][:, batch.features.shape[1] :] = features
+        size = self.dtype.itemsize
+        raw = heads.tobytes()
+        return [raw[i * size : (i + 1) * size] + json for i, json in enumerate(batch.payloads)]
+
+    def encode_labels(self, batch: LabelBatch, partitions: Ints, offsets: Ints) -> list[bytes]:
+        """The router's records for its labels."""
+        heads = self._heads(len(batch.times), LABEL, FROM_LABELS, partitions, offsets)
+        heads["time"], heads["id"], heads["clock"] = batch.times, batch.ids, batch.clocks
+        heads["label"] = batch.states
+        size = self.dtype.itemsize
+        raw = heads.tobytes()
+        return [raw[i : i + size] for i in range(0, len(raw), size)]
+
+    def decode(self, values: Sequence[bytes], keys: Sequence[bytes | None]) -> Decoded:
+        """Decode a log's records. keys: their record keys.
+
+        Records of another definition are left out, for they will come again under this one.
+        """
+        size = self.dtype.itemsize
+        blank = bytes(size)
+        heads = np.frombuffer(
+            b"".join([v[:size] if v and len(v) >= size else blank for v in values]), self.dtype
+        )
+        ours = heads["magic"] == _MAGIC
+        rejects = [Reject(i, "this is no record of a stage") for i in np.flatnonzero(~ours).tolist()]
+        kept = np.flatnonzero(ours & (heads["layout"] == self.layout))
+        if len(kept) < len(heads):
+            heads = heads[kept]
+        picks = kept.tolist()
+        batch = Batch(
+            kinds=heads["kind"].copy(),
+            labels=heads["label"].copy(),
+            times=heads["time"].copy(),
+            ids=heads["id"].copy(),
+            clocks=heads["clock"].copy(),
+            fields=heads["fields"].copy(),
+            features=heads["features"].copy(),
+            keys=[keys[i] for i in picks],
+            payloads=[values[i][size:] for i in picks],
+            sources=source(heads["source"], heads["partition"]),
+            offsets=heads["offset"].copy(),
+        )
+        return batch, kept, rejects
+
+    def _heads(
+        self, n: int, kind: int, writer: int, partitions: Ints, offsets: Ints
+    ) -> npt.NDArray[np.void]:
+        heads = np.zeros(n, self.dtype)
+        heads["magic"], heads["layout"] = _MAGIC, self.layout
+        heads["kind"], heads["source"] = kind, writer
+        heads["partition"], heads["offset"] = partitions, offsets
+        return heads
+
+
+def source(writer: npt.NDArray[Any], partition: npt.NDArray[Any]) -> Ints:
+    """One number for (writer, partition): a row of `Seen`."""
+    result: Ints = partition.astype(np.int64) * 2 + writer
+    return result
+
+
+def next_keys(pipeline: Pipeline, stage: int) -> Callable[[Batch], list[bytes | None]]:
+    """How the keys of stage number `stage` are read from the events of the stage before it."""
+    key = pipeline.entities[stage].key
+    field = pipeline.stream.fields[key]
+    if field.type == "string":
+        decode = texts(pipeline.stream, [key])
+        return lambda batch: [
+            None if (k := getattr(decode(p), key)) is None else k.encode() for p in batch.payloads
+        ]
+    column = pipeline.stream.numeric.index(field)
+    null = np.iinfo(np.int64).min
+    return lambda batch: [
+        None if k == null else key_bytes(k) for k in batch.fields[:, column].tolist()
+    ]
+
+
+@jit
+def fresh(logs: Ints, sources: Ints, offsets: Ints, seen: Ints) -> npt.NDArray[np.bool_]:
+    """Which records are news, and remember them. logs: (n,) rows of seen; seen: (logs, sources).
+
+    Sound because each writer's offsets in one log increase: what is not above the highest seen is
+    an old record sent again.
+    """
+    result = np.empty(len(logs), np.bool_)
+    for i in range(len(logs)):
+        result[i] = offsets[i] > seen[logs[i], sources[i]]
+        if result[i]:
+            seen[logs[i], sources[i]] = offsets[i]
+    return result
+
+
+def in_step(partitions: Bytes | Ints, clocks: Ints) -> Ints | None:
+    """The order in which the records of several partitions happened; None if they are in it.
+
+    Each partition keeps its own order: a record counts as no earlier than those before it.
+    partitions: (n,), in runs; clocks: (n,) ms.
+    """
+    reached = _reached(partitions, clocks)
+    if len(reached) < 2 or bool((reached[1:] >= reached[:-1]).all()):
+        return None
+    return np.argsort(reached, kind="stable")
+
+
+@jit
+def _reached(partitions: Ints, clocks: Ints) -> Ints:
+    result = clocks.copy()
+    for i in range(1, len(clocks)):
+        if partitions[i] == partitions[i - 1] and result[i] < result[i - 1]:
+            result[i] = result[i - 1]
+    return result

@@ -1,0 +1,104 @@
+"""A model as it is loaded: an ONNX graph and its card, refused unless it is what it claims to be.
+
+Only ONNX is ever loaded, never a pickle. One intra-op thread, so that scores are the same bits on
+every machine of a kind, and so that a worker keeps to its core.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from models.errors import HeadraceError
+from models.pipeline import Pipeline
+from models.windows import Floats
+
+Scores = npt.NDArray[np.float32]
+
+# Golden scores may differ by this much between processors: float32 sums of some hundred trees.
+TOLERANCE = 1e-5
+
+
+class ModelError(HeadraceError):
+    """The model is refused: what does not match, and what to do."""
+
+
+class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a model says of itself, beside its graph.
+
+    thresholds: decision to the score from which it is taken. golden: vectors, NaN written as null,
+    with the scores that the graph gave them when it was exported. metrics: of the evaluation.
+    """
+
+    pipeline: str
+    version: str
+    definition: str
+    features: list[str]
+    thresholds: dict[str, float]
+    otherwise: str
+    golden: list[list[float | None]]
+    golden_scores: list[float]
+    metrics: dict[str, float]
+
+
+class Model:
+    """Scores vectors of one pipeline's definition."""
+
+    def __init__(self, graph: bytes, card: Card, pipeline: Pipeline) -> None:
+        """Load and check. graph: the ONNX file's bytes. Raises ModelError."""
+        self.card = card
+        _matches(card, pipeline)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        try:
+            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own exceptions share no public base
+            first = str(error).splitlines()[0]
+            raise ModelError(f"The model {card.version} is no graph that can be loaded ({first}); train it again.") from None
+        self._input = self._session.get_inputs()[0].name
+        self._output = self._session.get_outputs()[-1].name
+        # Rarest first: the decision is the first whose threshold a score reaches.
+        ranked = sorted(card.thresholds.items(), key=lambda item: -item[1])
+        self._names = [name for name, _ in ranked] + [card.otherwise]
+        self._thresholds = np.array([threshold for _, threshold in ranked])
+        golden = np.array(card.golden, np.float64)  # null becomes NaN
+        worst = float(np.max(np.abs(self.score_many(golden) - np.array(card.golden_scores)), initial=0.0))
+        if not worst <= TOLERANCE:
+            raise ModelError(
+                f"The model {card.version} scores its own golden vectors {worst:.3g} away from what it was "
+                f"exported with; train it again."
+            )
+
+    def score_many(self, vectors: Floats) -> Scores:
+        """Scores (n,) float32 in [0, 1] of vectors (n, width) float64."""
+        output: Any = self._session.run([self._output], {self._input: vectors.astype(np.float32)})[0]
+        scores: Scores = output[:, -1]
+        return scores
+
+    def decide(self, scores: Scores) -> list[str]:
+        """The decision for each score."""
+        below = (scores.astype(np.float64)[:, None] < self._thresholds).sum(axis=1)
+        return [self._names[i] for i in below.tolist()]
+
+
+def _matches(card: Card, pipeline: Pipeline) -> None:
+    if card.features != list(pipeline.vector):
+        odd = [a or b for a, b in _pairs(card.features, pipeline.vector) if a != b]
+        raise ModelError(
+            f"The model {card.version} takes other features than the pipeline {pipeline.name} gives "
+            f"(first difference: {odd[0]}); train it again."
+        )
+    if card.definition != pipeline.definition:
+        raise ModelError(
+            f"The model {card.version} was trained on definition {card.definition}, the pipeline "
+            f"{pipeline.name} is at {pipeline.definition}; train it again."
+        )
+
+
+def _pairs(a: list[str], b: tuple[str, ...]) -> list[tuple[str, str]]:
+    longest = max(len(a), len(b))
+    return list(zip(a + [""] * (longest - len(a)), [*b, *[""] * (longest - len(b))], strict=True))

@@ -1,0 +1,1 @@
+"""Memory: profiles in RocksDB, and their mirror in Redis."""

@@ -1,0 +1,107 @@
+"""The mirror: each profile's feature values in Redis, a hash per entity, for readers.
+
+    headrace:<pipeline>:<entity>:<id>   _time (event time of the values, ms), _offset, _definition,
+                                        and a field per feature; "null" where it has no value
+
+Many profiles go in one script call, which also keeps an old owner from overwriting: an offset below
+the stored one changes nothing, unless another definition wrote it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import redis.asyncio as redis
+
+from models.pipeline import Entity, Pipeline
+from tables.profiles import Touched
+
+# KEYS: the profiles. ARGV: definition, life in ms, number of features, their names, then for each
+# profile its event time, its offset and its values.
+_WRITE = """
+local names, width = {}, tonumber(ARGV[3])
+for k = 1, width do names[k] = ARGV[3 + k] end
+local at, written = 3 + width, 0
+for i, key in ipairs(KEYS) do
+  local old = redis.call('HMGET', key, '_offset', '_definition')
+  if not old[1] or old[2] ~= ARGV[1] or tonumber(old[1]) <= tonumber(ARGV[at + 2]) then
+    local fields = {'_time', ARGV[at + 1], '_offset', ARGV[at + 2], '_definition', ARGV[1]}
+    for k = 1, width do
+      fields[#fields + 1] = names[k]
+      fields[#fields + 1] = ARGV[at + 2 + k]
+    end
+    redis.call('HSET', key, unpack(fields))
+    redis.call('PEXPIRE', key, ARGV[2])
+    written = written + 1
+  end
+  at = at + 2 + width
+end
+return written
+"""
+
+AT_ONCE = 200  # profiles in one call: about a millisecond of Redis
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """An entity's features as the mirror holds them. time: as of, ms; offset: of the log."""
+
+    time: int
+    offset: int
+    definition: str
+    features: dict[str, float | None]
+
+
+class Mirror:
+    """The mirror of one pipeline, for its writer and its readers."""
+
+    def __init__(self, client: redis.Redis, pipeline: Pipeline) -> None:
+        self._client = client
+        self._prefix = f"headrace:{pipeline.name}:"
+        self._definition = pipeline.definition
+        self._write = client.register_script(_WRITE)
+
+    def key(self, entity: Entity, id_: bytes) -> bytes:
+        return f"{self._prefix}{entity.name}:".encode() + id_
+
+    async def store(self, entity: Entity, touched: Touched) -> int:
+        """Write up to AT_ONCE profiles; how many were news. They expire when no window reaches them."""
+        width = len(entity.features)
+        head: list[Any] = [self._definition, entity.retention, width, *entity.features]
+        # One encoding for all values; JSON's shortest form reads back to the same bits.
+        texts = msgspec.json.encode(touched.features.ravel().tolist())[1:-1].split(b",") if width else []
+        times, offsets = touched.times.tolist(), touched.offsets.tolist()
+        for i in range(len(touched.keys)):
+            head += (times[i], offsets[i], *texts[i * width : (i + 1) * width])
+        written: int = await self._write([self.key(entity, k) for k in touched.keys], head)
+        return written
+
+    async def fetch(self, entity: Entity, id_: str) -> Mirrored | None:
+        """The values of one entity, None where there are none."""
+        found: dict[bytes, bytes] = await self._client.hgetall(self.key(entity, id_.encode()))
+        if not found:
+            return None
+        return Mirrored(
+            int(found[b"_time"]),
+            int(found[b"_offset"]),
+            found[b"_definition"].decode(),
+            {name: msgspec.json.decode(found.get(name.encode(), b"null")) for name in entity.features},
+        )
+
+    async def ping(self) -> None:
+        """Raises redis.RedisError where there is no Redis."""
+        await self._client.ping()
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+def connect(url: str) -> redis.Redis:
+    """A client; it connects when it is first used, and again after an outage."""
+    client: redis.Redis = redis.Redis.from_url(url, socket_timeout=5.0, socket_connect_timeout=5.0)
+    return client
+
+
+RedisError = redis.RedisError

@@ -1,0 +1,318 @@
+"""The memory of one stage: the profiles of one entity's log, in an arena, with RocksDB behind it.
+
+`apply` takes what was polled from the log's partitions, as one micro-batch, through decoding and the
+fold. `snapshot` gives what a flush writes. Nothing here waits, sends, or knows the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from models.events import Batch, Decoded, key_bytes
+from models.pipeline import Entity
+from models.records import fresh, in_step
+from models.windows import NULL, OUTCOMES, Arena, Bytes, Floats, Ints
+from tables.store import Snapshot, Store
+
+
+_NO_SLOT, _ABSENT, _MISPLACED = -1, -2, -3  # no key; not in memory; in another partition's log
+
+
+class Record(Protocol):
+    """A record as it was fetched (aiokafka's ConsumerRecord)."""
+
+    @property
+    def offset(self) -> int: ...
+    @property
+    def timestamp(self) -> int: ...
+    @property
+    def key(self) -> bytes | None: ...
+    @property
+    def value(self) -> bytes | None: ...
+
+
+Polled = Sequence[tuple[int, Sequence[Record]]]  # records by partition, each in offset order
+# Values, keys and times of sending (ms) to columns: models.events or models.records.
+Decode = Callable[[list[bytes], list[bytes | None], Ints], Decoded]
+
+
+@dataclass
+class Applied:
+    """What a micro-batch came to, in the order in which it was folded.
+
+    logs, offsets: (n,) where each record stood; features: (n, k) of this entity; outcomes: (n,)
+    codes of models.windows. rejects: bad input, with partition, record and reason.
+    """
+
+    batch: Batch
+    logs: Ints
+    offsets: Ints
+    features: Floats
+    outcomes: Bytes
+    rejects: list[tuple[int, Record, str]]
+
+
+@dataclass
+class Touched:
+    """Profiles that changed: their keys, and their values as of their newest event."""
+
+    slots: Ints
+    keys: list[bytes]
+    features: Floats
+    times: Ints
+    offsets: Ints
+
+
+class Profiles:
+    """partitions: of the log. numeric: the names of the numeric block's columns.
+
+    partition_of: where a key belongs, checked for each record where others than stages write the log.
+    """
+
+    def __init__(
+        self,
+        entity: Entity,
+        decode: Decode,
+        open_store: Callable[[int], Store],
+        partitions: int,
+        numeric: Sequence[str],
+        partition_of: Callable[[bytes], int] | None = None,
+    ) -> None:
+        self.entity = entity
+        self.counts = dict.fromkeys((*OUTCOMES, "seen", "rejected"), 0)
+        self._decode = decode
+        self._open_store = open_store
+        self._partition_of = partition_of
+        self._arena = Arena(entity.plan)
+        self._value_columns: Ints = np.array([numeric.index(v) for v in entity.values], np.int64)
+        self._slots: dict[Any, int] = {None: _NO_SLOT}
+        self._stores: dict[int, Store] = {}
+        self._positions: dict[int, int] = {}
+        self._moved: set[int] = set()  # partitions that changed since the last snapshot
+        self._seen: Ints = np.full((partitions, 2 * partitions), -1, np.int64)
+        # By slot: whose it is, where its last record stood, what flush and mirror have yet to take.
+        self._keys: list[Any] = []
+        self._partition: Ints = np.zeros(0, np.int64)
+        self._offset: Ints = np.zeros(0, np.int64)
+        self._dirty = np.zeros(0, np.bool_)
+        self._stale = np.zeros(0, np.bool_)
+
+    # --- partitions ----------------------------------------------------------------------------
+
+    def open(self, partition: int) -> int | None:
+        """Take a partition over. Returns its position, None where nothing was ever stored."""
+        store = self._stores[partition] = self._open_store(partition)
+        self._seen[partition] = -1
+        for source, offset in store.seen.items():
+            self._seen[partition, source] = offset
+        return store.position
+
+    def start_at(self, partition: int, position: int) -> None:
+        """The next offset to apply. Records before it are dropped."""
+        self._positions[partition] = position
+
+    def close(self, partition: int) -> None:
+        """Let a partition go. What was not flushed is folded again by its next owner."""
+        store = self._stores.pop(partition, None)
+        if store is None:
+            return
+        store.close()
+        self._positions.pop(partition, None)
+        self._moved.discard(partition)
+        slots = np.flatnonzero(self._partition == partition)
+        self._arena.free(slots)
+        for slot in slots.tolist():
+            del self._slots[self._keys[slot]]
+        self._partition[slots] = -1
+        self._dirty[slots] = self._stale[slots] = False
+
+    @property
+    def partitions(self) -> list[int]:
+        return sorted(self._stores)
+
+    @property
+    def size(self) -> int:
+        """Profiles in memory."""
+        return len(self._slots) - 1
+
+    @property
+    def nbytes(self) -> int:
+        return self._arena.nbytes
+
+    # --- the path of a micro-batch -------------------------------------------------------------
+
+    def apply(self, polled: Polled) -> Applied:
+        """Fold what was polled. Records before the position, or seen before, change nothing."""
+        # 1. accept what comes next in each partition
+        records: list[Record] = []
+        lengths: list[int] = []
+        owners: list[int] = []
+        for partition, found in polled:
+            position = self._positions.get(partition)
+            if position is None or not found:
+                continue  # revoked while it was on its way
+            if found[0].offset < position:
+                found = [r for r in found if r.offset >= position]
+                if not found:
+                    continue
+            records.extend(found)
+            lengths.append(len(found))
+            owners.append(partition)
+            self._positions[partition] = found[-1].offset + 1
+            self._moved.add(partition)
+        logs = np.repeat(np.array(owners, np.int64), lengths)
+        offsets = np.array([r.offset for r in records], np.int64)
+
+        # 2. bytes to columns
+        batch, kept, rejected = self._decode(
+            [r.value or b"" for r in records],
+            [r.key for r in records],
+            np.array([r.timestamp for r in records], np.int64),
+        )
+        if len(kept) < len(records):
+            logs, offsets, kept_records = logs[kept], offsets[kept], [records[i] for i in kept.tolist()]
+        else:
+            kept_records = records
+        rejects = [(_owner(owners, lengths, r.index), records[r.index], r.reason) for r in rejected]
+
+        # 3. drop what was seen, in each partition's order; then take partitions in step
+        if batch.sources is not None and batch.offsets is not None:
+            news = fresh(logs, batch.sources, batch.offsets, self._seen)
+            if not news.all():
+                self.counts["seen"] += int((~news).sum())
+                index = np.flatnonzero(news)
+                batch, logs, offsets = batch.take(index), logs[index], offsets[index]
+        slots = self._slots_of(batch.keys, logs)
+        if self._partition_of is not None:
+            slots, batch, logs, offsets = self._refuse_misplaced(
+                slots, batch, logs, offsets, kept_records, rejects
+            )
+        order = in_step(logs, batch.clocks)
+        if order is not None:
+            batch, slots, logs, offsets = batch.take(order), slots[order], logs[order], offsets[order]
+
+        # 4. fold
+        features, outcomes = self._arena.fold(
+            slots,
+            batch.kinds,
+            batch.times,
+            batch.ids,
+            np.ascontiguousarray(batch.fields[:, self._value_columns]),
+            batch.labels,
+        )
+        keyed = slots[slots >= 0]
+        self._dirty[keyed] = self._stale[keyed] = True
+        self._offset[keyed] = offsets[slots >= 0]
+        for code, count in enumerate(np.bincount(outcomes, minlength=len(OUTCOMES)).tolist()):
+            self.counts[OUTCOMES[code]] += count
+        self.counts["rejected"] += len(rejects)
+        return Applied(batch, logs, offsets, features, outcomes, rejects)
+
+    def _slots_of(self, keys: list[Any], logs: Ints) -> Ints:
+        get = self._slots.get
+        slots = np.array([get(k, _ABSENT) for k in keys], np.int64)
+        for i in np.flatnonzero(slots == _ABSENT).tolist():
+            slot = self._slots.get(keys[i])  # the same key may stand earlier in this batch
+            slots[i] = self._load(keys[i], int(logs[i])) if slot is None else slot
+        return slots
+
+    def _load(self, key: Any, partition: int) -> int:
+        """The slot of a profile that is not in memory: from its store, or an empty one."""
+        if self._partition_of is not None and self._partition_of(key_bytes(key)) != partition:
+            return _MISPLACED
+        packed = self._stores[partition].get(key_bytes(key))
+        slot = self._arena.new() if packed is None else self._arena.unpack(packed)
+        if slot >= len(self._partition):
+            self._widen(slot)
+        while len(self._keys) <= slot:
+            self._keys.append(None)
+        self._keys[slot] = key
+        self._partition[slot] = partition
+        self._slots[key] = slot
+        return slot
+
+    def _widen(self, slot: int) -> None:
+        more = max(64, slot)
+        self._partition = np.concatenate([self._partition, np.full(more, -1, np.int64)])
+        self._offset = np.concatenate([self._offset, np.full(more, -1, np.int64)])
+        self._dirty = np.concatenate([self._dirty, np.zeros(more, np.bool_)])
+        self._stale = np.concatenate([self._stale, np.zeros(more, np.bool_)])
+
+    def _refuse_misplaced(
+        self, slots: Ints, batch: Batch, logs: Ints, offsets: Ints, records: list[Record],
+        rejects: list[tuple[int, Record, str]],
+    ) -> tuple[Ints, Batch, Ints, Ints]:  # fmt: skip
+        """An entity has one log partition: what is keyed otherwise would split its profile."""
+        assert self._partition_of is not None
+        misplaced = (slots == _MISPLACED) | ((slots >= 0) & (self._partition[slots] != logs))
+        if not misplaced.any():
+            return slots, batch, logs, offsets
+        for i in np.flatnonzero(misplaced).tolist():
+            key = key_bytes(batch.keys[i])
+            reason = (
+                f"{self.entity.key} {key.decode()} belongs in partition {self._partition_of(key)}, not "
+                f"{int(logs[i])}; publish it with the record key {key.decode()}"
+            )
+            rejects.append((int(logs[i]), records[i], reason))
+        index = np.flatnonzero(~misplaced)
+        return slots[index], batch.take(index), logs[index], offsets[index]
+
+    # --- what others take ----------------------------------------------------------------------
+
+    def snapshots(self) -> list[Snapshot]:
+        """The state between two micro-batches of each partition that moved since the last call.
+
+        Write them, in order, once all outputs up to here are acknowledged.
+        """
+        result = []
+        for partition in sorted(self._moved):
+            slots = np.flatnonzero(self._dirty & (self._partition == partition))
+            self._dirty[slots] = False
+            keys = [key_bytes(self._keys[s]) for s in slots.tolist()]
+            seen = {int(s): int(o) for s, o in enumerate(self._seen[partition]) if o >= 0}
+            packed = list(zip(keys, self._arena.pack(slots), strict=True))
+            result.append(Snapshot(partition, self._positions[partition], seen, packed))
+        self._moved.clear()
+        return result
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Profiles and position in one step; nothing if the partition was let go meanwhile."""
+        if snapshot.partition in self._stores:
+            self._stores[snapshot.partition].write(snapshot)
+
+    def flush(self) -> None:
+        """Make what was written durable. Call it in a thread."""
+        for store in list(self._stores.values()):
+            store.flush()
+
+    def touched(self, most: int) -> Touched:
+        """Up to `most` profiles that changed since they were last given out here."""
+        slots = np.flatnonzero(self._stale)[:most]
+        self._stale[slots] = False
+        times = self._arena.newest(slots)
+        slots, times = slots[times != NULL], times[times != NULL]  # only labels so far: nothing to read
+        return Touched(
+            slots,
+            [key_bytes(self._keys[s]) for s in slots.tolist()],
+            self._arena.read_at(slots, times),
+            times,
+            self._offset[slots],
+        )
+
+    def touch(self, touched: Touched) -> None:
+        """Give these out again: they could not be used. Profiles that were let go meanwhile are not."""
+        for slot, key in zip(touched.slots.tolist(), touched.keys, strict=True):
+            if self._partition[slot] >= 0 and key_bytes(self._keys[slot]) == key:
+                self._stale[slot] = True
+
+
+def _owner(owners: list[int], lengths: list[int], index: int) -> int:
+    for owner, length in zip(owners, lengths, strict=True):
+        if index < length:
+            return owner
+        index -= length
+    raise IndexError(index)

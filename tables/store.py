@@ -1,0 +1,106 @@
+"""The store of one log partition: its profiles and its position in RocksDB, changed together.
+
+One WriteBatch carries the profiles that a flush makes durable, the position behind them and what
+was seen of each writer. There is one column family and no WAL, so what a crash takes is a suffix of
+whole batches, and the log still has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from rocksdict import Options, Rdict, WriteBatch, WriteOptions
+
+from models.errors import HeadraceError
+
+LAYOUT = 1  # of keys and values below
+_META = b"\x00meta"  # no entity's key begins with a zero byte: keys have the prefix below
+_PROFILE = b"\x01"
+
+
+class StoreError(HeadraceError):
+    """A store that cannot be used: which, and what to do."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one flush writes: a state of the partition between two micro-batches.
+
+    seen: the highest origin offset received from each source (models.records.source).
+    """
+
+    partition: int
+    position: int
+    seen: dict[int, int]
+    profiles: list[tuple[bytes, bytes]]
+
+
+class _Meta(msgspec.Struct):
+    layout: int
+    definition: str
+    position: int
+    seen: dict[int, int]
+
+
+class Store:
+    """Open on construction; `position` is None in a new store."""
+
+    def __init__(self, path: Path, definition: str) -> None:
+        """Raises StoreError where another process holds the store, or another definition wrote it."""
+        self.path = path
+        self._definition = definition
+        options = Options(raw_mode=True)
+        options.set_write_buffer_size(16 * 2**20)
+        options.set_keep_log_file_num(2)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = Rdict(str(path), options)
+        except Exception as error:  # rocksdict raises plain Exception
+            if "While lock file" in str(error) or "lock hold by" in str(error):
+                raise StoreError(
+                    f"Another process holds the profiles in {path}. Stop it, or give this worker its own "
+                    "data root (HEADRACE_DATA_ROOT)."
+                ) from None
+            raise StoreError(f"The store {path} cannot be opened ({error}). Remove it: it is folded again from the log.") from None
+        self._unlogged = WriteOptions()
+        self._unlogged.disable_wal = True
+        self.position: int | None = None
+        self.seen: dict[int, int] = {}
+        self._load()
+
+    def _load(self) -> None:
+        raw = self._db.get(_META)
+        if raw is None:
+            return
+        meta = msgspec.msgpack.decode(raw, type=_Meta)
+        if (meta.layout, meta.definition) != (LAYOUT, self._definition):
+            self.close()
+            raise StoreError(
+                f"The store {self.path} was written for definition {meta.definition} (layout {meta.layout}), the "
+                f"pipeline is at {self._definition} (layout {LAYOUT}). Remove it: it is folded again from the log."
+            )
+        self.position, self.seen = meta.position, meta.seen
+
+    def get(self, key: bytes) -> bytes | None:
+        """The packed profile of an entity."""
+        value: bytes | None = self._db.get(_PROFILE + key)
+        return value
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Profiles, position and seen in one step. Not yet on disk: see `flush`."""
+        batch = WriteBatch(raw_mode=True)
+        for key, packed in snapshot.profiles:
+            batch.put(_PROFILE + key, packed)
+        self.position, self.seen = snapshot.position, snapshot.seen
+        meta = _Meta(LAYOUT, self._definition, snapshot.position, snapshot.seen)
+        batch.put(_META, msgspec.msgpack.encode(meta))
+        self._db.write(batch, self._unlogged)
+
+    def flush(self) -> None:
+        """Make what was written durable. Releases the GIL: call it in a thread."""
+        self._db.flush()
+
+    def close(self) -> None:
+        self._db.close()

@@ -1,0 +1,47 @@
+"""requirements.lock says the same as pyproject.toml, for every Python that is supported, and names no host."""
+
+import re
+import tomllib
+from pathlib import Path
+
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+LOCK = (ROOT / "requirements.lock").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PINNED = re.compile(r"^([a-z0-9.-]+)==(\S+)(?: ; (.*?))? \\$", re.MULTILINE)
+
+
+def locked(python: str) -> dict[str, str]:
+    """What the lock installs on Linux with that Python."""
+    environment = {"python_full_version": f"{python}.0", "python_version": python, "sys_platform": "linux"}
+    return {
+        name: version
+        for name, version, marker in PINNED.findall(LOCK)
+        if not marker or Marker(marker).evaluate(environment)
+    }
+
+
+def test_all_that_the_project_requires_is_locked_in_a_version_that_it_allows() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    written = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"], "editables"]
+    for extra in extras.values():
+        written += [requirement for requirement in extra if not requirement.startswith("headrace[")]
+    for python in ("3.11", "3.12", "3.13"):
+        pinned = locked(python)
+        wanting = [
+            text
+            for requirement, text in ((Requirement(text), text) for text in written)
+            if pinned.get(canonicalize_name(requirement.name)) not in requirement.specifier
+        ]
+        assert wanting == [], "run `make lock`"
+
+
+def test_every_package_has_its_hashes_and_comes_from_the_registry_in_use() -> None:
+    blocks = re.split(r"\n(?=\S)", LOCK)
+    assert [block.splitlines()[0] for block in blocks if "--hash=sha256:" not in block] == []
+    assert len(blocks) == len(PINNED.findall(LOCK)) > 90
+    assert "://" not in LOCK
+    assert re.findall(r"^ *(-\S+)", LOCK, re.MULTILINE).count("--find-links") == 0

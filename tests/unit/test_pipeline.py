@@ -1,0 +1,351 @@
+"""Pipeline files: what compiles, what is refused with which sentence, and what the definition hash holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from models import pipeline
+from models.errors import HeadraceError
+from models.pipeline import Pipeline, PipelineError
+from tests.fixtures.pipelines import FOLDER, SHIPPED, SHOP, edited, shop
+
+DAY = 86_400_000
+
+
+# --- what is shipped ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_files_compile(path: Path) -> None:
+    compiled = pipeline.load(path)
+    assert compiled.name == path.stem
+    assert len(compiled.sources) == len(compiled.vector) > 0
+    assert compiled == pipeline.find(path.stem, FOLDER)
+
+
+def test_there_are_two_shipped_files() -> None:
+    assert [p.stem for p in SHIPPED] == ["card-fraud", "flight-delays"]
+
+
+def test_what_is_compiled() -> None:
+    p = shop()
+    customer, shops = p.entities
+    assert (customer.log, shops.log) == ("shop.orders", "shop.shop.log")
+    assert (p.predictions, p.dead_letters) == ("shop.predictions", "shop.dead-letters")
+    assert p.labels == pipeline.Labels("shop.labels", "RETURNED", "KNOWN")
+    assert (customer.labelled, shops.labelled) == (False, True)
+    assert (customer.values, shops.values) == (("AMOUNT",), ("ITEMS",))
+    assert customer.plan.ops[:, 4].tolist() == [1, 100]  # cents
+    assert customer.retention == 7 * DAY + 3_600_000
+    assert shops.plan.bounds.tolist() == [0, 3_600_000, DAY, 3 * DAY]
+    assert shops.retention == 3 * DAY + 3_600_000
+    assert p.sources == (
+        ("field", "AMOUNT"), ("field", "ITEMS"), ("field", "WEIGHT"), ("transform", "NIGHT"),
+        ("shop", "SHOP_RISK"), ("customer", "CUSTOMER_NB"), ("customer", "CUSTOMER_SPENT"), ("shop", "SHOP_ITEMS"),
+    )  # fmt: skip
+    assert [f.name for f in p.stream.numeric] == ["ID", "AT", "CUSTOMER", "AMOUNT", "ITEMS", "WEIGHT"]
+    assert {f.name: f.integral for f in p.stream.fields.values()} == {
+        "ID": True, "AT": True, "CUSTOMER": True, "SHOP": False, "AMOUNT": True, "ITEMS": True, "WEIGHT": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "topic"),
+    [("    id: ID\n", "    id: ID\n    topic: raw.orders\n", "raw.orders"), ("", "", "shop.orders")],
+)
+def test_a_stream_s_topic_is_the_first_entity_s_log(old: str, new: str, topic: str) -> None:
+    p = shop(old, new)
+    assert p.stream.topic == p.entities[0].log == topic
+
+
+def test_an_entity_is_found_by_name() -> None:
+    assert shop().entity("shop") is not None
+    with pytest.raises(
+        HeadraceError, match=r"The pipeline shop has no entity 'shops'; it has customer, shop\."
+    ):
+        shop().entity("shops")
+
+
+@pytest.mark.parametrize(
+    ("text", "ms"),
+    [("250ms", 250), ("90s", 90_000), ("5m", 300_000), ("36h", 129_600_000), ("4000d", 4000 * DAY)],
+)
+def test_durations(text: str, ms: int) -> None:
+    assert shop("lateness: 1h", f"lateness: {text}").lateness == ms
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A file with one piece replaced; where the error must point, and what it must say.
+
+    schema: whether an editor sees it too, by the JSON Schema.
+    """
+
+    old: str
+    new: str
+    line: int
+    field: str
+    says: str
+    schema: bool = False
+
+
+ID = "    id: ID\n    time: AT\n"
+MALFORMED = {
+    # the file as a whole
+    "no name": Bad("name: shop\n", "", 1, "$", "missing required field `name`", True),
+    "unknown part": Bad("lateness: 1h", "latness: 1h", 17, "latness", "did you mean lateness?", True),
+    "nothing like it": Bad("lateness: 1h", "xyz: 1h", 17, "xyz", "there are: name, streams, entities", True),
+    "name of no topic": Bad("name: shop", "name: my shop", 1, "name", "letters, digits"),
+    "name is a date": Bad("name: shop", "name: 2020-01-01", 1, "name", "Expected `str`, got `date`", True),
+    "no stream": Bad(SHOP[SHOP.index("  orders:") : SHOP.index("labels:")], "  {}\n", 2, "streams", "there are 0; this"),
+    "two streams": Bad("labels:\n", "  more: {}\nlabels:\n", 2, "streams", "takes exactly one stream"),
+    "lateness": Bad("lateness: 1h", "lateness: 1 hour", 17, "lateness", "write a whole number and ms, s, m, h or d"),
+    "lateness is a number": Bad("lateness: 1h", "lateness: 5", 17, "lateness", "Expected `str`, got `int`", True),
+    "4001 days": Bad("lateness: 1h", "lateness: 4001d", 17, "lateness", "longer than 4000 days"),
+    # the stream
+    "stream is nothing": Bad("    id: ID\n", "    ? []\n    : 5\n    id: ID\n", 4, "", "a key is a name"),
+    "unknown in stream": Bad(ID, ID + "    tpic: x\n", 6, "streams.orders.tpic", "did you mean topic?", True),
+    "stream without time": Bad("    time: AT\n", "", 3, "streams.orders", "missing required field `time`", True),
+    "topic": Bad(ID, ID + "    topic: a/b\n", 6, "streams.orders.topic", "'a/b' is no topic name"),
+    "id is no field": Bad("id: ID", "id: IDD", 4, "streams.orders.id", "has no field 'IDD'; did you mean ID?"),
+    "time is no field": Bad("time: AT", "time: WHEN", 5, "streams.orders.time", "there are: ID, AT, CUSTOMER, SHOP"),
+    "time is no timestamp": Bad("time: AT", "time: ID", 5, "streams.orders.time", "ID is no timestamp; declare"),
+    "id is a decimal": Bad("id: ID", "id: AMOUNT", 4, "streams.orders.id", "AMOUNT is a decimal; an id is int or string"),
+    "id is optional": Bad("      ID: int", "      ID: {type: int, optional: true}", 7, "streams.orders.fields.ID", "id cannot"),
+    "time is optional": Bad("unit: ms}", "optional: true}", 8, "streams.orders.fields.AT", "time cannot be optional"),
+    "field's name": Bad("WEIGHT: {", "WEIGHT-KG: {", 13, "streams.orders.fields.WEIGHT-KG", "letters, digits and '_'"),
+    "field's name is true": Bad("      ID: int\n", "      on: int\n", 6, "streams.orders.fields", "Expected `str`, got `bool`"),
+    "field's type": Bad("      CUSTOMER: int", "      CUSTOMER: number", 9, "streams.orders.fields.CUSTOMER.type", "Invalid enum value 'number'", True),
+    "field is nothing": Bad("      CUSTOMER: int", "      CUSTOMER:", 9, "streams.orders.fields.CUSTOMER", "Expected `object`, got `null`", True),
+    "field's key": Bad("unit: ms}", "units: ms}", 8, "streams.orders.fields.AT.units", "did you mean unit?", True),
+    "field's unit": Bad("unit: ms}", "unit: ns}", 8, "streams.orders.fields.AT.unit", "Invalid enum value 'ns'", True),
+    "scale of an int": Bad("ITEMS: {type: int,", "ITEMS: {type: int, scale: 2,", 12, "streams.orders.fields.ITEMS.scale", "a int has no scale; use type: decimal"),
+    "scale of ten": Bad("scale: 2", "scale: 10", 11, "streams.orders.fields.AMOUNT.scale", "10 is not between 0 and 9"),
+    "scale below zero": Bad("scale: 2", "scale: -1", 11, "streams.orders.fields.AMOUNT.scale", "-1 is not between 0 and 9"),
+    "scale is a text": Bad("scale: 2", "scale: two", 11, "streams.orders.fields.AMOUNT.scale", "Expected `int`, got `str`", True),
+    # labels
+    "label is a field": Bad("field: RETURNED", "field: ITEMS", 15, "labels.field", "ITEMS is a field of the stream; an event"),
+    "known is a field": Bad("known: KNOWN", "known: AT", 16, "labels.known", "AT is a field of the stream; an event"),
+    "label's name": Bad("field: RETURNED", "field: is returned", 15, "labels.field", "letters, digits and '_'"),
+    "known is the label": Bad("known: KNOWN", "known: RETURNED", 16, "labels.known", "RETURNED is the label itself; name"),
+    "unknown in labels": Bad("  known: KNOWN", "  known: KNOWN\n  topics: x", 17, "labels.topics", "did you mean topic?", True),
+    "labels' topic": Bad("  known: KNOWN", "  known: KNOWN\n  topic: 'a b'", 17, "labels.topic", "'a b' is no topic name"),
+    # transforms
+    "transform's name": Bad("  NIGHT:", "  NIGHT-TIME:", 19, "transforms.NIGHT-TIME", "letters, digits and '_'"),
+    "transform is a field": Bad("  NIGHT:", "  ITEMS:", 19, "transforms.ITEMS", "a field of the stream has this name; rename"),
+    "transform does not parse": Bad("hour(AT) <= 6", "hour(AT", 19, "transforms.NIGHT", "write it like 'hour(AT) <= 6'."),
+    "transform of what is not": Bad("hour(AT)", "hour(ATT)", 19, "transforms.NIGHT", "no field 'ATT'; it has ID, AT"),
+    "transform is a number": Bad("hour(AT) <= 6", "6", 18, "transforms", "Expected `str`, got `int`", True),
+    # entities and features
+    "no entity": Bad(SHOP[SHOP.index("  customer:") : SHOP.index("vector:")], "  {}\n", 20, "entities", "name at least one"),
+    "entity's name": Bad("  customer:", "  my customer:", 21, "entities.my customer", "an entity's name has letters"),
+    "unknown in entity": Bad("    key: CUSTOMER", "    keys: CUSTOMER", 22, "entities.customer.keys", "did you mean key?", True),
+    "key is no field": Bad("key: SHOP", "key: SHOPS", 27, "entities.shop.key", "did you mean SHOP?"),
+    "key is a decimal": Bad("key: SHOP", "key: AMOUNT", 27, "entities.shop.key", "AMOUNT is no int or string"),
+    "feature is a field": Bad("      SHOP_ITEMS:", "      WEIGHT:", 29, "entities.shop.features.WEIGHT", "rename the feature"),
+    "feature is a transform": Bad("      SHOP_ITEMS:", "      NIGHT:", 29, "entities.shop.features.NIGHT", "another feature or transform has this name"),
+    "feature twice": Bad("      SHOP_ITEMS:", "      CUSTOMER_NB:", 29, "entities.shop.features.CUSTOMER_NB", "rename one"),
+    "key twice in YAML": Bad("      SHOP_ITEMS:", "      SHOP_RISK:", 30, "", "'SHOP_RISK' stands twice"),
+    "aggregate": Bad("aggregate: count", "aggregate: counts", 24, "entities.customer.features.CUSTOMER_NB.aggregate", "Invalid enum value 'counts'", True),
+    "no window": Bad("{aggregate: count, window: 1d}", "{aggregate: count}", 24, "entities.customer.features.CUSTOMER_NB", "missing required field `window`", True),
+    "window of zero": Bad("window: 1d}", "window: 0d}", 24, "entities.customer.features.CUSTOMER_NB.window", "longer than 0; write 1h"),
+    "window below zero": Bad("window: 1d}", "window: -1d}", 24, "entities.customer.features.CUSTOMER_NB.window", "'-1d' is no duration"),
+    "delay": Bad("delay: 1d", "delay: tomorrow", 30, "entities.shop.features.SHOP_RISK.delay", "'tomorrow' is no duration"),
+    "count of": Bad("{aggregate: count,", "{aggregate: count, of: ITEMS,", 24, "entities.customer.features.CUSTOMER_NB.of", "drop 'of'"),
+    "sum of nothing": Bad("{aggregate: sum, of: AMOUNT,", "{aggregate: sum,", 25, "entities.customer.features.CUSTOMER_SPENT", "sum needs a field; write of: FIELD"),
+    "sum of what is not": Bad("of: AMOUNT", "of: AMUONT", 25, "entities.customer.features.CUSTOMER_SPENT.of", "did you mean AMOUNT?"),
+    "sum of floats": Bad("of: AMOUNT", "of: WEIGHT", 25, "entities.customer.features.CUSTOMER_SPENT.of", "declare it as int, or as {type: decimal"),
+    "mean of a text": Bad("of: ITEMS", "of: SHOP", 29, "entities.shop.features.SHOP_ITEMS.of", "SHOP is a string; sums are exact"),
+    "share without labels": Bad("labels:\n  field: RETURNED\n  known: KNOWN\n", "\n\n\n", 30, "entities.shop.features.SHOP_RISK", "add 'labels:' with field and known"),
+    "share of a field": Bad("of: RETURNED", "of: ITEMS", 30, "entities.shop.features.SHOP_RISK.of", "write of: RETURNED"),
+    "share at the event": Bad(", delay: 1d", "", 30, "entities.shop.features.SHOP_RISK.delay", "write the delay by which it is"),
+    "share of the first entity": Bad("{aggregate: count, window: 1d}", "{aggregate: share, of: RETURNED, window: 1d, delay: 1d}", 24, "entities.customer.features.CUSTOMER_NB", "put an entity without label features first"),
+    # vector and model
+    "vector of what is not": Bad("[AMOUNT, ", "[AMUONT, ", 31, "vector.0", "there is no 'AMUONT'; did you mean AMOUNT?"),
+    "vector of nothing like it": Bad("[AMOUNT, ", "[XYZ, ", 31, "vector.0", "name a field, a transform or a feature"),
+    "vector of a text": Bad("[AMOUNT, ", "[SHOP, ", 31, "vector.0", "SHOP is a string, not a number"),
+    "vector of a time": Bad("[AMOUNT, ", "[AT, ", 31, "vector.0", "AT is a timestamp, not a number"),
+    "vector names one twice": Bad("NIGHT, SHOP_RISK", "NIGHT, AMOUNT", 31, "vector.4", "AMOUNT stands twice"),
+    "vector of a number": Bad("[AMOUNT, ", "[5, ", 31, "vector.0", "Expected `str`, got `int`", True),
+    "vector is empty": Bad(SHOP[SHOP.index("vector:") : SHOP.index("model:")], "vector: []\n", 31, "vector", "name what the model sees"),
+    "no model": Bad(SHOP[SHOP.index("model:") :], "", 1, "$", "missing required field `model`", True),
+    "no decisions": Bad("{review: 0.1, block: 0.01}", "{}", 33, "model.decisions", "write for instance alert: 0.01"),
+    "decision by more than all": Bad("review: 0.1", "review: 1.5", 33, "model.decisions.review", "1.5 is no share between 0 and 1"),
+    "decision by nothing": Bad("review: 0.1", "review: .nan", 33, "model.decisions.review", "nan is no share"),
+    "unknown in model": Bad("model:\n", "model:\n  tree: 5\n", 33, "model.tree", "did you mean trees?", True),
+    "no trees": Bad("model:\n", "model:\n  trees: 0\n", 33, "model.trees", "must be above 0"),
+    "no learning": Bad("model:\n", "model:\n  learning_rate: .nan\n", 33, "model.learning_rate", "must be above 0"),
+    # YAML itself
+    "a tab": Bad("lateness: 1h", "\tlateness: 1h", 17, "", "mend the YAML"),
+    "an open bracket": Bad("WEIGHT]".replace("WEIGHT", "SHOP_ITEMS"), "SHOP_ITEMS", 32, "", "mend the YAML"),
+    "an object": Bad("lateness: 1h", "lateness: !!python/name:os.system x", 17, "", "could not determine a constructor"),
+    "a control character": Bad("lateness: 1h", "lateness: \x07", 17, "", "special characters are not allowed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_malformed_file_is_refused_with_line_field_and_remedy(bad: Bad) -> None:
+    with pytest.raises(PipelineError) as refused:
+        pipeline.parse(edited(SHOP, bad.old, bad.new), "folder/shop.yaml")
+    said = str(refused.value)
+    assert said.startswith(f"folder/shop.yaml:{bad.line}: {bad.field + ': ' if bad.field else ''}")
+    assert bad.says in said
+    assert said.endswith((".", "?"))
+    assert "\n" not in said
+    assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "5"])
+def test_what_is_no_mapping_is_no_pipeline(text: str) -> None:
+    with pytest.raises(
+        PipelineError, match=r"^x\.yaml:1: a pipeline is a mapping that begins with 'name:'\.$"
+    ):
+        pipeline.parse(text, "x.yaml")
+
+
+def test_the_name_is_the_file_s(tmp_path: Path) -> None:
+    (tmp_path / "store.yaml").write_text("# a comment\n" + SHOP)
+    with pytest.raises(
+        PipelineError, match=r"store\.yaml:2: name: the file is store\.yaml; name the pipeline store"
+    ):
+        pipeline.load(tmp_path / "store.yaml")
+    (tmp_path / "shop.yaml").write_text(SHOP)
+    assert pipeline.load(tmp_path / "shop.yaml") == shop()
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(
+        PipelineError, match=r"none\.yaml: cannot be read \(No such file or directory\); check"
+    ):
+        pipeline.load(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: latin\n# caf\xe9\n")
+    with pytest.raises(PipelineError, match=r"latin\.yaml:2: this is not UTF-8; save the file as UTF-8\.$"):
+        pipeline.load(tmp_path / "latin.yaml")
+
+
+def test_a_name_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(
+        PipelineError, match=r"There is no pipeline 'card-frad' in .*; did you mean card-fraud\?"
+    ):
+        pipeline.find("card-frad", FOLDER)
+    with pytest.raises(PipelineError, match=r"there are: card-fraud, flight-delays\."):
+        pipeline.find("xyz", FOLDER)
+    with pytest.raises(PipelineError, match=r"there are: none\."):
+        pipeline.find("xyz", tmp_path)
+
+
+# --- the JSON Schema ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def validator() -> jsonschema.Draft202012Validator:
+    jsonschema.Draft202012Validator.check_schema(pipeline.schema())
+    return jsonschema.Draft202012Validator(pipeline.schema())
+
+
+@pytest.mark.parametrize(
+    "text", [*(p.read_text() for p in SHIPPED), SHOP], ids=[*(p.stem for p in SHIPPED), "shop"]
+)
+def test_the_schema_accepts_what_compiles(validator: jsonschema.Draft202012Validator, text: str) -> None:
+    validator.validate(yaml.safe_load(text))
+
+
+SEEN_BY_EDITORS = {name: bad for name, bad in MALFORMED.items() if bad.schema}
+
+
+@pytest.mark.parametrize("bad", SEEN_BY_EDITORS.values(), ids=SEEN_BY_EDITORS.keys())
+def test_the_schema_refuses_what_an_editor_can_see(
+    validator: jsonschema.Draft202012Validator, bad: Bad
+) -> None:
+    data: Any = yaml.safe_load(edited(SHOP, bad.old, bad.new))
+    if bad.field == "name":
+        data["name"] = 2020  # JSON has no dates
+    with pytest.raises(jsonschema.ValidationError):
+        validator.validate(data)
+
+
+# --- the definition hash -----------------------------------------------------------------------
+
+CHANGES = {
+    "a window": ("window: 1h", "window: 2h"),
+    "a delay": ("delay: 1d", "delay: 2d"),
+    "an aggregate": ("aggregate: mean", "aggregate: sum"),
+    "an aggregate's field": ("of: ITEMS", "of: AMOUNT"),
+    "a feature's name": ("      CUSTOMER_NB: {aggregate: count, window: 1d}\n", "      N: {aggregate: count, window: 1d}\n"),
+    "the order of features": (
+        "      SHOP_ITEMS: {aggregate: mean, of: ITEMS, window: 1h}\n      SHOP_RISK: {aggregate: share, of: RETURNED, window: 2d, delay: 1d}\n",
+        "      SHOP_RISK: {aggregate: share, of: RETURNED, window: 2d, delay: 1d}\n      SHOP_ITEMS: {aggregate: mean, of: ITEMS, window: 1h}\n",
+    ),
+    "an entity's name": ("  shop:\n", "  shops:\n"),
+    "an entity's key": ("key: CUSTOMER", "key: ITEMS"),
+    "the lateness": ("lateness: 1h", "lateness: 2h"),
+    "a transform": ("hour(AT) <= 6", "hour(AT) <= 5"),
+    "a transform's name": ("  NIGHT: hour(AT) <= 6\n", "  NIGHT: hour(AT) <= 6\n  DARK: hour(AT) <= 6\n"),
+    "the label": ("field: RETURNED", "field: BROUGHT_BACK"),
+    "a field's scale": ("scale: 2", "scale: 3"),
+    "a field's unit": ("unit: ms", "unit: s"),
+    "a field's type": ("WEIGHT: {type: float", "WEIGHT: {type: int"),
+    "whether a field may be absent": ("CUSTOMER: int", "CUSTOMER: {type: int, optional: true}"),
+    "the order of the vector": ("[AMOUNT, ITEMS,", "[ITEMS, AMOUNT,"),
+    "the vector": (", SHOP_ITEMS]", "]"),
+    # The block of records between stages has the fields' order, and they carry the definition.
+    "the order of numeric fields": ("      ID: int\n      AT: {type: timestamp, unit: ms}\n", "      AT: {type: timestamp, unit: ms}\n      ID: int\n"),
+    "one more numeric field": ("labels:\n", "      WIDTH: float\nlabels:\n"),
+}  # fmt: skip
+SAME = {
+    "a comment": ("lateness: 1h", "lateness: 1h # a comment"),
+    "the pipeline's name": ("name: shop", "name: store"),
+    "a stream's name": ("  orders:", "  purchases:"),
+    "a topic": ("    id: ID\n", "    id: ID\n    topic: raw\n"),
+    "the labels' topic": ("  known: KNOWN\n", "  known: KNOWN\n  topic: raw\n"),
+    "a decision": ("review: 0.1", "look: 0.2"),
+    "the model": ("model:\n", "model:\n  trees: 7\n  seed: 3\n"),
+    "what predictions carry": ("lateness: 1h", "lateness: 1h\npredictions_carry_features: false"),
+    "the same duration": ("lateness: 1h", "lateness: 60m"),
+    "a default in words": ("{aggregate: count, window: 1d}", "{aggregate: count, window: 1d, delay: 0s}"),
+    "spaces in a transform": ("hour(AT) <= 6", "hour( AT )<=6"),
+    "the order of keys": ("lateness: 1h\ntransforms:\n  NIGHT: hour(AT) <= 6\n", "transforms:\n  NIGHT: hour(AT) <= 6\nlateness: 1h\n"),
+    "a text that nothing uses": ("labels:\n", "      NOTE: {type: string, optional: true}\nlabels:\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new"), CHANGES.values(), ids=CHANGES.keys())
+def test_the_definition_changes_with_what_decides_a_value(old: str, new: str) -> None:
+    text = edited(SHOP, old, new)
+    if ", N: " in new or " N: " in new:
+        text = text.replace("CUSTOMER_NB,", "N,")
+    assert pipeline.parse(text).definition != shop().definition
+
+
+@pytest.mark.parametrize(("old", "new"), SAME.values(), ids=SAME.keys())
+def test_the_definition_stays_with_what_decides_none(old: str, new: str) -> None:
+    assert edited(SHOP, old, new) != SHOP
+    assert shop(old, new).definition == shop().definition
+
+
+def test_the_definition_holds_the_meaning_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = shop().definition
+    assert len(before) == 16 and int(before, 16) >= 0
+    monkeypatch.setattr(pipeline, "MEANING", pipeline.MEANING + 1)
+    assert shop().definition != before
+
+
+def test_all_changes_differ_from_each_other() -> None:
+    """No two definitions share a hash by leaving out where a value stands."""
+
+    def compiled(old: str, new: str) -> Pipeline:
+        return pipeline.parse(
+            edited(SHOP, old, new).replace("CUSTOMER_NB,", "N," if " N: " in new else "CUSTOMER_NB,")
+        )
+
+    hashes = [compiled(old, new).definition for old, new in CHANGES.values()]
+    assert len(set(hashes)) == len(hashes)

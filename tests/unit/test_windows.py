@@ -1,0 +1,317 @@
+"""The kernel against the oracle, bit for bit; and what a profile costs in memory."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from models.windows import (
+    COUNT, DUPLICATE, FOLDED, LABEL_EARLY, LABEL_STALE, LABELLED, LATE, MEAN, NEGATIVE, NO_KEY, NULL,
+    OUTCOMES, POSITIVE, SHARE, SUM, TOO_LATE, UNKNOWN, Aggregate, Arena, plan,
+)  # fmt: skip
+from tests.fixtures.histories import (
+    PROFILES, SPAN, Break, Case, Entry, Truth, Worker, bits, breaks, cases, label,
+)  # fmt: skip
+
+HOUR = 3_600_000
+READS = st.lists(st.integers(-50, SPAN + 50), max_size=8)
+
+
+# --- the kernel is the oracle ------------------------------------------------------------------
+
+
+@given(cases(), breaks)
+def test_features_and_outcomes_are_the_oracle_s(case: Case, stops: list[Break]) -> None:
+    """However the log is cut into micro-batches, and wherever profiles are put away or all is restarted."""
+    features, outcomes = Worker(case.plan).run(case.history, stops)
+    expected, expected_outcomes = Truth(case).run(case.history)
+    assert outcomes.tolist() == expected_outcomes.tolist()
+    assert bits(features) == bits(expected)
+
+
+@given(cases(), breaks, READS)
+def test_reads_at_any_time_are_the_oracle_s(case: Case, stops: list[Break], reads: list[int]) -> None:
+    worker, truth = Worker(case.plan), Truth(case)
+    worker.run(case.history, stops)
+    truth.run(case.history)
+    start = min(e.time for e in case.history)
+    times = np.array([start + t for t in reads for _ in range(PROFILES)], np.int64)
+    slots = np.tile(worker.all_slots(), len(reads))
+    read = worker.arena.read_at(slots, times)
+    expected = [truth.profiles[p].read(start + t) for t in reads for p in range(PROFILES)]
+    assert bits(read) == bits(np.array(expected, np.float64))
+    newest = [truth.profiles[p].newest for p in range(PROFILES)]
+    assert worker.arena.newest(worker.all_slots()).tolist() == [NULL if n is None else n for n in newest]
+
+
+@given(cases(), breaks)
+def test_equal_profiles_pack_to_equal_bytes(case: Case, stops: list[Break]) -> None:
+    """The bytes are what the log says, and nothing of how it was cut: they are the oracle's."""
+    worker, truth = Worker(case.plan), Truth(case)
+    worker.run(case.history, stops)
+    truth.run(case.history)
+    packed = worker.arena.pack(worker.all_slots())
+    assert packed == [truth.packed(p) for p in range(PROFILES)]
+    assert worker.arena.pack(np.array([worker.arena.unpack(p) for p in packed])) == packed
+
+
+def test_the_histories_hold_every_outcome() -> None:
+    """Else the tests above would prove little: of a hundred histories, ten or more have each."""
+    found: Counter[str] = Counter()
+
+    @settings(max_examples=100, phases=[Phase.generate], database=None, derandomize=True)
+    @given(cases())
+    def look(case: Case) -> None:
+        found.update({OUTCOMES[o] for o in Truth(case).run(case.history)[1]})
+
+    look()
+    assert {name: found[name] for name in OUTCOMES if found[name] < 10} == {}
+
+
+# --- the rules, to be read ---------------------------------------------------------------------
+
+COUNT_1H = [Aggregate(COUNT, HOUR)]
+RISK = [Aggregate(COUNT, 10, delay=5), Aggregate(SHARE, 10, delay=5)]  # over (t - 15, t - 5]
+
+
+def fold(aggregates: list[Aggregate], *history: Entry, columns: int = 0, lateness: int = 0) -> tuple[
+    list[list[float]], list[str], Worker
+]:  # fmt: skip
+    """Features, outcomes by name, and the worker that folded."""
+    case = Case(columns, aggregates, lateness, list(history))
+    worker = Worker(case.plan)
+    features, outcomes = worker.run(case.history, [])
+    assert bits(features) == bits(Truth(case).run(case.history)[0])
+    return features.tolist(), [OUTCOMES[o] for o in outcomes], worker
+
+
+def test_a_window_is_open_at_its_old_end_and_closed_at_its_new_end() -> None:
+    """A window of 10 with delay 5 is (t - 15, t - 5]."""
+    _, _, worker = fold(RISK, Entry(0, 100, 1))
+    slots = np.zeros(4, np.int64)
+    read = worker.arena.read_at(slots, np.array([104, 105, 114, 115]))
+    assert read[:, 0].tolist() == [0, 1, 1, 0]
+
+
+def test_a_count_falls_to_zero_with_no_new_event() -> None:
+    _, _, worker = fold(COUNT_1H, Entry(0, 1000, 1))
+    read = worker.arena.read_at(np.zeros(2, np.int64), np.array([1000 + HOUR - 1, 1000 + HOUR]))
+    assert read[:, 0].tolist() == [1, 0]
+
+
+def test_of_equal_times_those_later_in_the_log_are_not_seen() -> None:
+    features, outcomes, _ = fold(COUNT_1H, Entry(0, 5, 1), Entry(0, 5, 2), Entry(0, 5, 3))
+    assert features == [[1], [2], [3]]
+    assert outcomes == ["folded"] * 3  # a tie is not late
+
+
+def test_a_late_event_sees_what_was_at_its_time_and_repairs_the_profile() -> None:
+    features, outcomes, _ = fold(COUNT_1H, Entry(0, 10, 1), Entry(0, 30, 2), Entry(0, 20, 3), Entry(0, 30, 4))
+    assert outcomes == ["folded", "folded", "late", "folded"]
+    assert features == [[1], [2], [2], [4]]
+
+
+def test_an_event_past_retention_is_scored_but_not_folded() -> None:
+    features, outcomes, _ = fold(
+        [Aggregate(COUNT, 10)], Entry(0, 100, 1), Entry(0, 85, 2), Entry(0, 86, 3), lateness=5
+    )
+    assert outcomes == ["folded", "too_late", "late"]
+    assert features == [[1], [0], [1]]
+
+
+def test_an_id_counts_once_within_retention_whatever_its_time() -> None:
+    features, outcomes, _ = fold([Aggregate(COUNT, 10)], *[Entry(0, t, 7) for t in (100, 100, 95, 109, 110)])
+    assert outcomes == ["folded", "duplicate", "duplicate", "duplicate", "duplicate"]
+    assert [math.isnan(f[0]) for f in features] == [False, True, True, True, True]
+
+
+def test_an_id_that_was_forgotten_is_new() -> None:
+    _, outcomes, _ = fold([Aggregate(COUNT, 10)], Entry(0, 100, 7), Entry(0, 110, 8), Entry(0, 111, 7))
+    assert outcomes == ["folded", "folded", "folded"]
+
+
+def test_a_label_flips_and_becomes_unknown_again() -> None:
+    states = [POSITIVE, NEGATIVE, POSITIVE, UNKNOWN]
+    history = [Entry(0, 100, 1)]
+    for n, state in enumerate(states):
+        history += [label(0, 100, 1, state), Entry(0, 106, 10 + n)]
+    features, outcomes, _ = fold(RISK, *history)
+    assert [share for _, share in features[2::2]] == [1, 0, 1, 0]
+    assert outcomes[1::2] == ["labelled"] * 4
+
+
+def test_a_label_waits_for_its_event_even_across_a_restart() -> None:
+    worker = Worker(plan(RISK, 0, 0))
+    _, outcomes = worker.fold([label(0, 100, 1, NEGATIVE), label(0, 100, 1, POSITIVE), Entry(0, 99, 2)])
+    assert [OUTCOMES[o] for o in outcomes] == ["label_early", "label_early", "folded"]
+    worker.restart()
+    worker.fold([Entry(0, 100, 1)])
+    assert worker.arena.read_at(worker.all_slots()[:1], np.array([106])).tolist() == [[2, 0.5]]
+
+
+def test_a_label_of_another_time_is_not_the_event_s() -> None:
+    features, outcomes, _ = fold(RISK, Entry(0, 100, 1), label(0, 101, 1, POSITIVE), Entry(0, 106, 2))
+    assert outcomes[1] == "label_early"
+    assert features[2] == [1, 0]
+
+
+def test_a_label_past_retention_is_stale() -> None:
+    _, outcomes, worker = fold(RISK, Entry(0, 100, 1), label(0, 85, 9, POSITIVE), label(0, 86, 9, POSITIVE))
+    assert outcomes[1:] == ["label_stale", "label_early"]
+    # and one that waits is forgotten with the rows of its time
+    worker.fold([Entry(0, 101, 2)])
+    assert len(worker.arena.pack(worker.all_slots()[:1])[0]) == 8 * (3 + 2 * 2)
+
+
+def test_profiles_of_one_batch_do_not_mix_and_what_has_no_key_is_in_none() -> None:
+    features, outcomes, _ = fold(
+        COUNT_1H, Entry(0, 1, 1), Entry(1, 2, 2), Entry(-1, 3, 3), Entry(0, 4, 2), Entry(1, 5, 1)
+    )
+    assert outcomes == ["folded", "folded", "no_key", "folded", "folded"]
+    assert [f[0] for f in features[:2] + features[3:]] == [1, 1, 2, 2]
+    assert math.isnan(features[2][0])
+
+
+def test_absent_values_are_in_no_sum_and_no_mean() -> None:
+    aggregates = [Aggregate(SUM, HOUR, value=0, divisor=100), Aggregate(MEAN, HOUR, value=0, divisor=100),
+                  Aggregate(MEAN, HOUR, value=1), Aggregate(COUNT, HOUR)]  # fmt: skip
+    features, _, worker = fold(
+        aggregates,
+        Entry(0, 1, 1, (None, None)),
+        Entry(0, 2, 2, (150, None)),
+        Entry(0, 3, 3, (50, 7)),
+        columns=2,
+    )
+    assert features[2] == [2.0, 1.0, 7.0, 3.0]
+    assert features[1][:2] == [1.5, 1.5] and math.isnan(features[1][2])
+    assert features[0][0] == 0.0 and math.isnan(features[0][1])
+    # a profile of which nothing is known has counts and sums of nothing, and no mean
+    nobody = worker.arena.read_at(np.array([worker.arena.new()]), np.array([5]))[0]
+    assert bits(nobody) == bits([0.0, math.nan, math.nan, 0.0])
+
+
+def test_sums_above_the_integers_of_float64_are_rounded_once() -> None:
+    """The sum is exact in int64; its one rounding is the same in kernel and oracle."""
+    aggregates = [Aggregate(SUM, HOUR, divisor=100), Aggregate(MEAN, HOUR, divisor=100)]
+    history = [Entry(0, i, i, (2**46 - 1 - i,)) for i in range(1000)]
+    features, _, _ = fold(aggregates, *history, columns=1)
+    total = sum(2**46 - 1 - i for i in range(1000))
+    assert total > 2**53
+    assert features[-1] == [float(total) / 100, float(total) / 100_000]
+
+
+def test_running_sums_may_pass_the_bounds_of_int64() -> None:
+    """A profile that lives for long sums more than int64 holds; a window is a difference, so it stays exact."""
+    large = [Entry(0, 10 * i, i, (2**62,)) for i in range(8)]
+    small = [Entry(0, 100 + i, 100 + i, (1,)) for i in range(3)]
+    with np.errstate(over="ignore"):
+        features, _, _ = fold([Aggregate(SUM, 3)], *large, *small, columns=1)
+    assert [f[0] for f in features] == [2.0**62] * 8 + [1, 2, 3]
+
+
+def test_a_plan_without_aggregates_still_finds_duplicates() -> None:
+    features, outcomes, _ = fold([], Entry(0, 5, 1), Entry(0, 5, 1), Entry(0, 5, 2), Entry(0, 4, 3))
+    assert features == [[]] * 4
+    assert outcomes == ["folded", "duplicate", "folded", "too_late"]
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def test_an_arena_grows_and_loses_nothing() -> None:
+    """Rows, waiting labels and the table of profiles, each far beyond their first size."""
+    labels = [label(0, 1000 + i, i, POSITIVE) for i in range(40)]
+    events = [Entry(0, 1000 + i, i) for i in range(300)]
+    others = [Entry(p, 1, p) for p in range(1, 200)]
+    aggregates = [Aggregate(COUNT, 1000), Aggregate(SHARE, 1000, delay=1)]
+    features, _, worker = fold(aggregates, *labels, *events, *others)
+    assert features[len(labels) + 299] == [300, 40 / 299]
+    assert all(f == [1, 0] for f in features[-199:])
+    assert len(worker.slots) == 200
+
+
+def test_unpacking_grows_the_arena_too() -> None:
+    history = [label(0, 5000 + i, i, POSITIVE) for i in range(9)] + [Entry(0, i, i) for i in range(20)]
+    _, _, worker = fold(RISK, *history, lateness=10_000)
+    (packed,) = worker.arena.pack(np.zeros(1, np.int64))
+    for rows in (1, 4, 16, 32, 40, 64):  # too small for the rows; for the waiting labels; for neither
+        arena = Arena(worker.plan, rows)
+        slots = np.array([arena.unpack(packed) for _ in range(3)])
+        assert arena.pack(slots) == [packed] * 3
+        arena.fold(*_one_event(slots[1]))
+        assert arena.pack(slots[[0, 2]]) == [packed] * 2
+
+
+def _one_event(slot: int) -> tuple[np.ndarray, ...]:
+    return (
+        np.array([slot]), np.zeros(1, np.int8), np.array([7]), np.array([777]),
+        np.zeros((1, 0), np.int64), np.zeros(1, np.int8),
+    )  # fmt: skip
+
+
+def test_what_is_freed_is_used_again() -> None:
+    """Loading and putting away a thousand times takes the memory of once."""
+    history = [label(0, 100 + i, 50 + i, POSITIVE) for i in range(6)] + [Entry(0, i, i) for i in range(30)]
+    _, _, worker = fold(RISK, *history, lateness=1000)
+    before = worker.arena.nbytes
+    for _ in range(1000):
+        worker.put_away(0)
+        worker.slot(0)
+    assert worker.arena.nbytes == before
+    assert worker.slots == {0: 0}
+
+
+def test_a_freed_slot_comes_back_empty() -> None:
+    _, _, worker = fold(RISK, label(0, 100, 9, POSITIVE), Entry(0, 90, 1), Entry(0, 91, 2))
+    arena = worker.arena
+    arena.free(np.array([0]))
+    slot = np.array([arena.new()])
+    assert slot.tolist() == [0]
+    assert arena.newest(slot).tolist() == [NULL]
+    assert arena.pack(slot) == arena.pack(np.array([Arena(worker.plan).new()]))
+    assert arena.read_at(slot, np.array([96])).tolist() == [[0, 0]]
+
+
+def test_forgotten_rows_make_room() -> None:
+    """A profile that lives for ever takes the memory of its retention."""
+    aggregates = [Aggregate(COUNT, 100)]
+    worker = Worker(plan(aggregates, 0, 0))
+    worker.fold([Entry(0, i, i) for i in range(400)])
+    before = worker.arena.nbytes
+    features, _ = worker.fold([Entry(0, i, i) for i in range(400, 20_000)])
+    assert worker.arena.nbytes == before
+    assert set(features[:, 0].tolist()) == {100}
+
+
+def test_nothing_packs_to_nothing() -> None:
+    worker = Worker(plan(COUNT_1H, 0, 0))
+    assert worker.arena.pack(np.zeros(0, np.int64)) == []
+    features, outcomes = worker.fold([])
+    assert features.shape == (0, 1) and outcomes.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("aggregates", "lateness", "retention"),
+    [
+        ([Aggregate(COUNT, 10), Aggregate(SHARE, 5, delay=20)], 7, 32),
+        ([Aggregate(COUNT, 10)], 0, 10),
+        ([], 7, 7),
+        ([], 0, 1),
+    ],
+)
+def test_retention_is_the_longest_reach_and_the_lateness(
+    aggregates: list[Aggregate], lateness: int, retention: int
+) -> None:
+    assert plan(aggregates, 0, lateness).retention == retention
+
+
+def test_outcomes_have_the_codes_of_their_names() -> None:
+    codes = (FOLDED, LATE, TOO_LATE, DUPLICATE, NO_KEY, LABELLED, LABEL_EARLY, LABEL_STALE)
+    assert [OUTCOMES[c] for c in codes] == [
+        "folded", "late", "too_late", "duplicate", "no_key", "labelled", "label_early", "label_stale",
+    ]  # fmt: skip
