@@ -238,16 +238,18 @@ def features_compute(name: str, alias: str | None, source: Path, target: Path, a
 @main.command(epilog="Example: headrace train -p flight-delays --features data/flights.features.parquet")
 @_pipeline_options
 @click.option("--features", "source", type=click.Path(path_type=Path), required=True, help="What `headrace features compute` wrote.")
+@click.option("--before", metavar="DAY", help="Leave events from this day on for later.")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON line.")
-def train(name: str, alias: str | None, source: Path, as_json: bool) -> None:
+def train(name: str, alias: str | None, source: Path, before: str | None, as_json: bool) -> None:
     """Train, evaluate on later days, export to ONNX, and put the model where workers find it."""
     from app import lifecycle
     from app.terminal import table
 
     settings = _settings()
     report = lifecycle.train(
-        _find(settings, name, alias), source, settings.models_root, lambda step: click.echo(f"  {step}", err=True)
-    )
+        _find(settings, name, alias), source, settings.models_root,
+        lambda step: click.echo(f"  {step}", err=True), before,
+    )  # fmt: skip
     if as_json:
         _print_json(report)
     else:
@@ -320,3 +322,25 @@ def replay(
         _print_json(sent)
     else:
         click.echo(f"{sent['events']:,} events and {sent['labels']:,} labels in {sent['seconds']:.1f} s")
+
+
+@main.command(epilog="Example: headrace demo --pipeline card-fraud --json")
+@click.option("--pipeline", "-p", "name", default="flight-delays", show_default=True, metavar="NAME")
+@click.option("--data", "folder", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Where data files are, or are made.")
+@click.option("--stay/--no-stay", default=None, help="Keep all running at the end; by default on a terminal.")
+@click.option("--json", "as_json", is_flag=True, help="The summary as one JSON line.")
+def demo(name: str, folder: Path, stay: bool | None, as_json: bool) -> None:
+    """Run the whole of it on real data and prove the result. Exit 1 if anything was lost, doubled or differs."""
+    from app import demo as demonstration
+
+    if stay is None:
+        stay = sys.stdout.isatty() and not as_json
+    summary = demonstration.run(_settings(), name, folder, stay, as_json)
+    if as_json:
+        click.echo(summary.as_json())
+    if not summary.good:
+        raise HeadraceError("The run is not exact: see lost, doubled and features_equal above.")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ class FileWrong(HeadraceError):
     """A file that does not hold what the pipeline's stream says."""
 
     exit_code = 2
+
+
+def instant(text: str) -> int:
+    """Milliseconds of a day or time in ISO form, UTC where it names no zone."""
+    try:
+        moment = dt.datetime.fromisoformat(text)
+    except ValueError:
+        raise FileWrong(f"{text!r} is no day or time; write it like 2013-09-01.") from None
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)).timestamp() * 1000)
 
 
 @dataclass
@@ -96,8 +106,11 @@ class Training:
     times: Ints
 
 
-def read_training(path: Path, pipeline: Pipeline) -> Training:
-    """Read a file that `compute` wrote under the same definition. Rows without a label are left out."""
+def read_training(path: Path, pipeline: Pipeline, before: int | None = None) -> Training:
+    """Read a file that `compute` wrote under the same definition. Rows without a label are left out.
+
+    before: only events earlier than this, ms.
+    """
     if pipeline.labels is None:
         raise FileWrong(f"The pipeline {pipeline.name} has no labels to train on; add 'labels:' to its file.")
     try:
@@ -117,6 +130,9 @@ def read_training(path: Path, pipeline: Pipeline) -> Training:
     vectors = np.column_stack([table[name].to_numpy() for name in pipeline.vector])
     stream = pipeline.stream
     times = _integers(table, stream.fields[stream.time], path)
+    if before is not None:
+        early = times < before
+        vectors, times, table = vectors[early], times[early], table.filter(pa.array(early))
     return Training(vectors, table[label].to_numpy().astype(np.int8), times)
 
 

@@ -93,6 +93,18 @@ async def create_topics(address: str, pipeline: Pipeline, partitions: int, repli
     return [t.name for t in new]
 
 
+async def delete_topics(address: str, pipeline: Pipeline) -> None:
+    """Delete the pipeline's topics with all that is in them, and wait until they are gone."""
+    names = set(wanted_topics(pipeline))
+    async with admin(address) as client:
+        there = names & set(await client.list_topics())
+        if there:
+            await client.delete_topics(sorted(there))
+        async with asyncio.timeout(30):
+            while names & set(await client.list_topics()):
+                await asyncio.sleep(0.1)
+
+
 async def partitions_of(address: str, names: Iterable[str]) -> dict[str, int]:
     """How many partitions each topic has, 0 where it does not exist."""
     async with admin(address) as client:
@@ -107,8 +119,10 @@ async def checked_partitions(address: str, pipeline: Pipeline) -> dict[str, int]
     counts = await partitions_of(address, wanted_topics(pipeline))
     missing = [name for name, count in counts.items() if not count]
     if missing:
+        alias = "" if pipeline.instance == pipeline.name else f" --as {pipeline.instance}"
         raise TopicsWrong(
-            f"Kafka has no topic {missing[0]}; run `headrace topics create --pipeline {pipeline.name}`."
+            f"Kafka has no topic {missing[0]}; run `headrace topics create --pipeline {pipeline.name}"
+            f"{alias}`."
         )
     last = pipeline.entities[-1].log
     if counts[last] != counts[pipeline.predictions]:

@@ -14,12 +14,22 @@ from models.scoring import Model
 from tables import model_folder
 
 
-def train(pipeline: Pipeline, features: Path, folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Train on what `headrace features compute` wrote, and make the result the champion. Its report."""
+def train(
+    pipeline: Pipeline, features: Path, folder: Path, progress: Callable[[str], None], before: str | None = None
+) -> dict[str, Any]:
+    """Train on what `headrace features compute` wrote, and make the result the champion. Its report.
+
+    before: a day; events from it on are left for what comes after.
+    """
     started = time.perf_counter()
-    data = history.read_training(features, pipeline)
+    data = history.read_training(features, pipeline, history.instant(before) if before else None)
     progress(f"{len(data.labels):,} rows of {features}")
     trained = training.train(pipeline, data.vectors, data.labels, data.times, progress)
     Model(trained.graph, trained.card, pipeline)  # what a worker would refuse is not saved
     path = model_folder.save(folder, trained.graph, trained.card)
-    return {**trained.report, "version": trained.card.version, "path": str(path), "seconds": round(time.perf_counter() - started, 1)}
+    return {
+        **trained.report,
+        "version": trained.card.version,
+        "path": str(path),
+        "seconds": round(time.perf_counter() - started, 1),
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -60,4 +60,5 @@ def _of(metric: tuple[str, str, list[str]]) -> tuple[str, str, None, list[str]]:
 def registry(worker: Worker) -> CollectorRegistry:
     result = CollectorRegistry()
     result.register(WorkerCollector(worker))
+    ProcessCollector(registry=result)  # CPU seconds and memory of the process
     return result

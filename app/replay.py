@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime as dt
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,8 +48,8 @@ def tape(path: Path, pipeline: Pipeline, start: str | None = None, end: str | No
     """Read a file and encode what of it lies in [start, end), days or times in ISO form, UTC."""
     file = history.read(path, pipeline)
     times = file.history.times
-    low = np.searchsorted(times, _instant(start)) if start else 0
-    high = np.searchsorted(times, _instant(end)) if end else len(times)
+    low = np.searchsorted(times, history.instant(start)) if start else 0
+    high = np.searchsorted(times, history.instant(end)) if end else len(times)
     if low >= high:
         raise HeadraceError(f"{path} has no events between {start} and {end}.")
     span = slice(int(low), int(high))
@@ -164,14 +163,6 @@ def parse_rate(text: str) -> float | None:
     if not rate > 0:
         raise HeadraceError(f"--rate {text!r} is no rate; write a number of events a second, or max.")
     return rate
-
-
-def _instant(text: str) -> int:
-    try:
-        moment = dt.datetime.fromisoformat(text)
-    except ValueError:
-        raise HeadraceError(f"{text!r} is no day or time; write it like 2013-09-01.") from None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)).timestamp() * 1000)
 
 
 def _encode(table: pa.Table, fields: list[Field]) -> list[bytes]:

@@ -123,7 +123,7 @@ class Worker:
     ) -> None:  # fmt: skip
         """counts: partitions by topic, from kafka.checked_partitions."""
         self.pipeline, self.model = pipeline, model
-        self.profiles_root = data_root / "profiles" / pipeline.name / pipeline.definition
+        self.profiles_root = data_root / "profiles" / pipeline.instance / pipeline.definition
         self.dead_letters = 0
         self._counts = counts
         self._producer: Any = None
@@ -177,6 +177,8 @@ class Worker:
             self.stages, self.route, self.outbox, self.partitions.committed,
             pipeline.labels.topic if pipeline.labels else None,
         )  # fmt: skip
+        for stage in self.stages:
+            stage.warm()
         self._background(self.flush.run())
         if self.mirror is not None:
             self._background(self.mirror.run())
@@ -251,7 +253,7 @@ class Worker:
     def _reject_record(self, topic: str, partition: int, record: Record, reason: str) -> None:
         self.dead_letters += 1
         letter = dead_letters.encode(
-            self.pipeline.name, reason, topic, partition, record.offset, record.timestamp, record.key, record.value
+            self.pipeline.instance, reason, topic, partition, record.offset, record.timestamp, record.key, record.value
         )
         home = partition % self._counts[self.pipeline.dead_letters]
         self.outbox.put(self.pipeline.dead_letters, home, record.key, letter)
@@ -280,7 +282,7 @@ class App(faust.App):  # type: ignore[misc]
 def create_worker(worker: Worker, address: str, data_root: Path) -> App:
     """The Faust application of one worker process."""
     app = App(
-        f"headrace-{worker.pipeline.name}-{worker.pipeline.definition}",
+        f"headrace-{worker.pipeline.instance}-{worker.pipeline.definition}",
         broker=[f"{faust_batches.SCHEME}://{server}" for server in address.split(",")],
         datadir=str(data_root / "faust"),
         Topic=faust_batches.Topic,

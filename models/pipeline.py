@@ -174,7 +174,10 @@ class Entity:
 
 @dataclass(frozen=True)
 class Pipeline:
+    """instance: the name of its topics, stores and mirror, which is the pipeline's unless run as another."""
+
     name: str
+    instance: str
     stream: Stream
     labels: Labels | None
     entities: tuple[Entity, ...]
@@ -187,11 +190,11 @@ class Pipeline:
 
     @property
     def predictions(self) -> str:
-        return f"{self.name}.predictions"
+        return f"{self.instance}.predictions"
 
     @property
     def dead_letters(self) -> str:
-        return f"{self.name}.dead-letters"
+        return f"{self.instance}.dead-letters"
 
     @cached_property
     def sources(self) -> tuple[tuple[str, str], ...]:
@@ -323,9 +326,8 @@ class _Compiler:
     def compile(self, alias: str | None) -> Pipeline:
         spec = self.convert(self.data, PipelineSpec)
         self.file_matches(spec.name)
-        if alias is not None:
-            spec = msgspec.structs.replace(spec, name=alias)
-        if not _TOPIC.fullmatch(spec.name):
+        self.instance = alias or spec.name
+        if not _TOPIC.fullmatch(self.instance):
             raise self.fail(("name",), "a name has letters, digits, '.', '_' and '-', for it names topics.")
         stream = self.stream(spec)
         labels = self.labels(spec, stream)
@@ -336,6 +338,7 @@ class _Compiler:
         self.model(spec)
         return Pipeline(
             name=spec.name,
+            instance=self.instance,
             stream=stream,
             labels=labels,
             entities=entities,
@@ -375,7 +378,7 @@ class _Compiler:
             raise self.fail((*at, "id"), f"{stream.id} is a {fields[stream.id].type}; an id is int or string.")
         if fields[stream.time].type != "timestamp":
             raise self.fail((*at, "time"), f"{stream.time} is no timestamp; declare it as one, with its unit.")
-        return Stream(self.topic(stream.topic, f"{spec.name}.{name}", at), stream.id, stream.time, fields)
+        return Stream(self.topic(stream.topic, name, at), stream.id, stream.time, fields)
 
     def field(self, given: FieldSpec, name: str, at: tuple[Any, ...]) -> Field:
         if given.scale and given.type != "decimal":
@@ -395,13 +398,13 @@ class _Compiler:
                 raise self.fail(("labels", role), f"{name} is a field of the stream; an event cannot know it.")
         if spec.labels.field == spec.labels.known:
             raise self.fail(("labels", "known"), f"{spec.labels.known} is the label itself; name the field with the time.")
-        topic = self.topic(spec.labels.topic, f"{spec.name}.labels", ("labels",))
+        topic = self.topic(spec.labels.topic, "labels", ("labels",))
         return Labels(topic, spec.labels.field, spec.labels.known)
 
-    def topic(self, given: str | None, default: str, at: tuple[Any, ...]) -> str:
+    def topic(self, given: str | None, name: str, at: tuple[Any, ...]) -> str:
         if given is not None and not _TOPIC.fullmatch(given):
             raise self.fail((*at, "topic"), f"{given!r} is no topic name: letters, digits, '.', '_' and '-'.")
-        return given or default
+        return given or f"{self.instance}.{name}"
 
     def transforms(self, spec: PipelineSpec, stream: Stream) -> dict[str, expressions.Expression]:
         types = {name: field.type for name, field in stream.fields.items()}
@@ -427,7 +430,7 @@ class _Compiler:
             self.known_field(entity.key, stream.fields, (*at, "key"))
             if stream.fields[entity.key].type not in ("int", "string"):
                 raise self.fail((*at, "key"), f"{entity.key} is no int or string, so it cannot be a key.")
-            log = f"{spec.name}.{name}.log" if entities else stream.topic
+            log = f"{self.instance}.{name}.log" if entities else stream.topic
             entities.append(self.entity(spec, stream, name, entity, log, lateness, taken))
         return tuple(entities)
 

@@ -59,7 +59,7 @@ class Mirror:
 
     def __init__(self, client: redis.Redis, pipeline: Pipeline) -> None:
         self._client = client
-        self._prefix = f"headrace:{pipeline.name}:"
+        self._prefix = f"headrace:{pipeline.instance}:"
         self._definition = pipeline.definition
         self._write = client.register_script(_WRITE)
 
@@ -89,6 +89,11 @@ class Mirror:
             found[b"_definition"].decode(),
             {name: msgspec.json.decode(found.get(name.encode(), b"null")) for name in entity.features},
         )
+
+    async def clear(self) -> None:
+        """Forget all of this pipeline's profiles."""
+        async for key in self._client.scan_iter(match=f"{self._prefix}*", count=1000):
+            await self._client.unlink(key)
 
     async def ping(self) -> None:
         """Raises redis.RedisError where there is no Redis."""

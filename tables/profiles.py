@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from models.events import Batch, Decoded, key_bytes
+from models.partitions import partitions_of
 from models.pipeline import Entity
 from models.records import fresh, in_step
 from models.windows import NULL, OUTCOMES, Arena, Bytes, Floats, Ints
@@ -100,6 +101,19 @@ class Profiles:
         self._offset: Ints = np.zeros(0, np.int64)
         self._dirty = np.zeros(0, np.bool_)
         self._stale = np.zeros(0, np.bool_)
+
+    def warm(self) -> None:
+        """Load the compiled kernel, so that the first event need not wait for it."""
+        arena, one = Arena(self.entity.plan), np.zeros(1, np.int64)
+        arena.fold(
+            np.array([arena.new()]), np.zeros(1, np.int8), one, one,
+            np.zeros((1, self.entity.plan.values), np.int64), np.zeros(1, np.int8),
+        )  # fmt: skip
+        arena.unpack(arena.pack(one)[0])
+        arena.read_at(one, one)
+        partitions_of([b"0"], one, 1)
+        fresh(one, one, one, np.zeros((1, 1), np.int64))
+        in_step(one, one)
 
     # --- partitions ----------------------------------------------------------------------------
 

@@ -1,0 +1,186 @@
+"""A run to be watched, for demo and bench: services, a fresh instance of a pipeline, real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from prometheus_client.parser import text_string_to_metric_families
+
+from app import kafka
+from app.local import services
+from app.settings import Settings
+from models.errors import HeadraceError
+from models.pipeline import Pipeline
+from models.predictions import Prediction, decode
+from tables.mirror import Mirror, connect
+
+READY_S = 60.0
+STALLED_S = 20.0  # without any new prediction: what is missing then does not come
+
+
+class ProcessFailed(HeadraceError):
+    """A process that was started for the run ended or never got ready."""
+
+    def __init__(self, name: str, what: str, log: Path) -> None:
+        tail = "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-8:])
+        super().__init__(f"The {name} {what}; its log {log} ends with:\n{tail}")
+
+
+@contextlib.contextmanager
+def running_services(settings: Settings, report: Callable[[str, str], None]) -> Iterator[services.Addresses]:
+    """Kafka and Redis for as long as the run takes. Those that ran before go on."""
+    before = {s.name for s in services.status(settings) if s.state in ("running", "configured")}
+    wanted = ("kafka", "redis")
+    try:
+        yield services.up(settings, wanted, report)
+    finally:
+        services.down(settings, [name for name in wanted if name not in before])
+
+
+async def fresh(settings: Settings, pipeline: Pipeline, addresses: services.Addresses) -> None:
+    """Make an instance anew: its topics, stores and mirror hold nothing. Only for names made for it."""
+    assert pipeline.instance != pipeline.name, "a run must not clear what the pipeline itself has gathered"
+    await kafka.delete_topics(addresses.kafka, pipeline)
+    shutil.rmtree(settings.data_root / "profiles" / pipeline.instance, ignore_errors=True)
+    mirror = Mirror(connect(addresses.redis_url), pipeline)
+    await mirror.clear()
+    await mirror.close()
+    await kafka.create_topics(addresses.kafka, pipeline, settings.partitions, settings.replication)
+
+
+class Process:
+    """`headrace worker` or `headrace api`, as a user would start it, in a session of its own."""
+
+    def __init__(self, settings: Settings, pipeline: Pipeline, command: str, number: int = 1) -> None:
+        self.name = command
+        self.port = free_port()
+        self.log = settings.data_root / "logs" / f"{pipeline.instance}-{command}-{number}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._arguments = [
+            sys.executable, "-m", "app.cli", command, "--pipeline", pipeline.name, "--as", pipeline.instance,
+            "--port", str(self.port),
+        ]  # fmt: skip
+        self._environment = os.environ | {"HEADRACE_API_HOST": "127.0.0.1"}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._arguments, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self._environment,
+                start_new_session=True,
+            )  # fmt: skip
+
+    async def ready(self) -> None:
+        """Wait until it says that it is ready. Raises ProcessFailed."""
+        deadline = time.monotonic() + READY_S
+        async with aiohttp.ClientSession() as http:
+            while time.monotonic() < deadline:
+                self.check()
+                with contextlib.suppress(aiohttp.ClientError):
+                    async with http.get(f"{self.url}/readyz") as response:
+                        if response.status == 200:
+                            return
+                await asyncio.sleep(0.1)
+        raise ProcessFailed(self.name, f"was not ready within {READY_S:.0f} s", self.log)
+
+    def check(self) -> None:
+        """Raises ProcessFailed where it has ended by itself."""
+        if self._process is not None and self._process.poll() is not None:
+            raise ProcessFailed(self.name, f"ended with exit code {self._process.returncode}", self.log)
+
+    async def metrics(self) -> dict[str, float]:
+        """Its metrics now, by name with labels in braces."""
+        async with aiohttp.ClientSession() as http, http.get(f"{self.url}/metrics") as response:
+            text = await response.text()
+        return {
+            sample.name + ("{" + ",".join(sample.labels.values()) + "}" if sample.labels else ""): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, within: float = 40.0) -> int:
+        """End it and wait. Its exit code."""
+        if self._process is None:
+            return 0
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+            try:
+                self._process.wait(within)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        return self._process.wait()
+
+
+class Predictions:
+    """Reads the predictions of an instance as they come, with the time at which each arrived."""
+
+    def __init__(self, address: str, topic: str, seen: Callable[[Prediction], None] | None = None) -> None:
+        self._address, self._topic, self._seen = address, topic, seen
+        self.ids: list[Any] = []
+        self.arrived: list[float] = []  # seconds since the epoch
+        self.scores: list[float] = []
+
+    @contextlib.asynccontextmanager
+    async def reading(self, partitions: int) -> AsyncIterator[Predictions]:
+        """Read in the background, from now on."""
+        consumer = AIOKafkaConsumer(bootstrap_servers=self._address, fetch_max_wait_ms=50)
+        await consumer.start()
+        tps = [TopicPartition(self._topic, p) for p in range(partitions)]
+        consumer.assign(tps)
+        await consumer.seek_to_end(*tps)
+        for tp in tps:
+            await consumer.position(tp)
+        task = asyncio.create_task(self._read(consumer))
+        try:
+            yield self
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await consumer.stop()
+
+    async def _read(self, consumer: Any) -> None:
+        while True:
+            found = await consumer.getmany(timeout_ms=200, max_records=5000)
+            now = time.time()
+            for records in found.values():
+                for record in records:
+                    prediction = decode(record.value)
+                    self.ids.append(prediction.id)
+                    self.arrived.append(now)
+                    self.scores.append(prediction.score)
+                    if self._seen is not None:
+                        self._seen(prediction)
+
+    async def until(self, count: int, check: Callable[[], None]) -> None:
+        """Wait until so many have come, or none comes any more. check: raises where waiting is vain."""
+        seen, since = -1, time.monotonic()
+        while len(self.ids) < count and time.monotonic() - since < STALLED_S:
+            check()
+            if len(self.ids) != seen:
+                seen, since = len(self.ids), time.monotonic()
+            await asyncio.sleep(0.05)
+
+
+def free_port() -> int:
+    """A port of loopback that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,149 @@
+"""Proof of a run: fold the same logs again, offline and in log order, and compare every prediction.
+
+The logs are read from Kafka whole; what the worker did in micro-batches, with stores, flushes and
+rebalances in between, is done here in one call per entity. Nothing may differ by a bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from app import kafka
+from models.events import Batch, EventDecoder, event_id
+from models.history import History, fold_entity, vectors_of
+from models.pipeline import Entity, Pipeline
+from models.predictions import Prediction, decode
+from models.records import RecordCodec, fresh
+from models.vectors import Vectors
+from models.windows import DUPLICATE, EVENT, Floats, Ints
+
+
+@dataclass
+class Verdict:
+    """events: those that must have one prediction; differing: predictions with a feature of other bits.
+
+    lost and doubled count events; cells: features compared. rejected: bad input in the stream.
+    """
+
+    events: int
+    predictions: int
+    lost: int
+    doubled: int
+    differing: int
+    cells: int
+    rejected: int
+
+    @property
+    def features_equal(self) -> bool:
+        return self.cells > 0 and not self.differing
+
+
+@dataclass
+class Expected:
+    """What the logs say: vectors (n, width) of the events with these ids (n,), sorted by id."""
+
+    ids: Ints
+    vectors: Floats
+    rejected: int
+
+    def rows(self, ids: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+        """Where these ids stand, and which are there at all."""
+        if not len(self.ids):
+            return np.zeros(len(ids), np.int64), np.zeros(len(ids), np.bool_)
+        at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return at, self.ids[at] == ids
+
+
+async def check(pipeline: Pipeline, address: str) -> tuple[Verdict, Expected]:
+    """Fold the logs as they are now, and compare with the predictions as they are now."""
+    expected = await fold_logs(pipeline, address)
+    predictions = [decode(r.value) async for r in kafka.read_between(address, pipeline.predictions)]
+    ids = np.array([event_id(p.id) for p in predictions], np.int64)
+    unique, counts = np.unique(ids, return_counts=True)
+    rows, known = expected.rows(ids)
+    served = vectors(pipeline, predictions)
+    differing = ~same(served, expected.vectors[rows]).all(axis=1) if len(ids) else np.zeros(0, np.bool_)
+    return (
+        Verdict(
+            events=len(expected.ids),
+            predictions=len(predictions),
+            lost=int((~np.isin(expected.ids, unique)).sum()),
+            doubled=int((counts - 1).sum()),
+            differing=int((differing | ~known).sum()),
+            cells=int(served.size),
+            rejected=expected.rejected,
+        ),
+        expected,
+    )
+
+
+def order_skew(pipeline: Pipeline, history: History, expected: Expected) -> int:
+    """Cells that would be other values, had the logs been in event-time order."""
+    ideal = vectors_of(pipeline, history)
+    rows, known = expected.rows(history.ids)
+    return int((~same(ideal[known], expected.vectors[rows[known]])).sum())
+
+
+async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
+    """The vectors of all events of the stream, by a fold of the logs in log order."""
+    numeric = [f.name for f in pipeline.stream.numeric]
+    decoder = EventDecoder(pipeline)
+    records, logs, offsets = await _read(address, pipeline.entities[0].log)
+    sent = np.array([r.timestamp for r in records], np.int64)
+    batch, kept, rejects = decoder.decode([r.value or b"" for r in records], sent)
+    features, outcomes = _fold(pipeline.entities[0], batch, numeric)
+    on = np.flatnonzero(outcomes != DUPLICATE)
+    order = on[np.argsort(batch.ids[on], kind="stable")]
+    expected = Expected(batch.ids[order], np.empty((len(order), 0)), len(rejects))
+    fields, gathered = batch.fields[order], [features[order]]
+    for number, entity in enumerate(pipeline.entities[1:], 1):
+        records, logs, offsets = await _read(address, entity.log)
+        codec = RecordCodec(pipeline, number)
+        batch, kept, _ = codec.decode([r.value or b"" for r in records], [r.key for r in records])
+        assert batch.sources is not None and batch.offsets is not None
+        width = int(batch.sources.max(initial=0)) + 1
+        seen = np.full((int(logs.max(initial=0)) + 1, width), -1, np.int64)
+        news = np.flatnonzero(fresh(logs[kept], batch.sources, batch.offsets, seen))
+        batch = batch.take(news)
+        features, outcomes = _fold(entity, batch, numeric)
+        on = np.flatnonzero((batch.kinds == EVENT) & (outcomes != DUPLICATE))
+        rows, known = expected.rows(batch.ids[on])
+        placed = np.full((len(expected.ids), features.shape[1]), np.nan)
+        placed[rows[known]] = features[on][known]
+        gathered.append(placed)
+    expected.vectors = Vectors(pipeline).of(fields, np.hstack(gathered))
+    return expected
+
+
+def vectors(pipeline: Pipeline, predictions: list[Prediction]) -> Floats:
+    """The features that predictions carry, (n, width), null as NaN."""
+    names = pipeline.vector
+    return np.array([[p.features.get(n) for n in names] for p in predictions], np.float64).reshape(-1, len(names))
+
+
+def same(a: Floats, b: Floats) -> npt.NDArray[np.bool_]:
+    """Which cells have the same bits, any NaN being as good as another."""
+    return (a.view(np.int64) == b.view(np.int64)) | (np.isnan(a) & np.isnan(b))
+
+
+def _fold(entity: Entity, batch: Batch, numeric: list[str]) -> tuple[Floats, Any]:
+    codes: dict[Any, int] = {None: -1}
+    slots = np.array([codes.setdefault(k, len(codes) - 1) for k in batch.keys], np.int64)
+    columns = np.array([numeric.index(v) for v in entity.values], np.int64)
+    values = np.ascontiguousarray(batch.fields[:, columns])
+    return fold_entity(entity, slots, batch.kinds, batch.times, batch.ids, values, batch.labels)
+
+
+async def _read(address: str, topic: str) -> tuple[list[Any], Ints, Ints]:
+    """A log's records in log order, and where each stands."""
+    records = [r async for r in kafka.read_between(address, topic)]
+    records.sort(key=lambda r: (r.partition, r.offset))
+    return (
+        records,
+        np.array([r.partition for r in records], np.int64),
+        np.array([r.offset for r in records], np.int64),
+    )
