@@ -7,9 +7,7 @@ between. The producer is idempotent: within a partition, records arrive once and
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from typing import Any
 
 from models.errors import HeadraceError
@@ -76,8 +74,7 @@ class Outbox:
                 batch, count = self._batch(target.queue)
                 sent = await self._producer.send_batch(batch, topic, partition=partition)
                 await sent
-                for _ in range(count):
-                    target.queue.popleft()
+                del target.queue[:count]
                 target.acknowledged += count
                 self._waiting -= count
                 self._progress.set()
@@ -88,11 +85,11 @@ class Outbox:
         finally:
             target.sender = None
 
-    def _batch(self, queue: deque[tuple[bytes | None, bytes]]) -> tuple[Any, int]:
+    def _batch(self, queue: list[tuple[bytes | None, bytes]]) -> tuple[Any, int]:
         """As much of the queue as one batch holds, and how many records that is."""
         batch, now, count = self._producer.create_batch(), self._clock(), 0
         append = batch.append
-        for key, value in islice(queue, len(queue)):
+        for key, value in queue:
             if append(key=key, value=value, timestamp=now) is None:
                 break
             count += 1
@@ -107,6 +104,6 @@ class _Target:
     __slots__ = ("acknowledged", "put", "queue", "sender")
 
     def __init__(self) -> None:
-        self.queue: deque[tuple[bytes | None, bytes]] = deque()
+        self.queue: list[tuple[bytes | None, bytes]] = []
         self.put = self.acknowledged = 0
         self.sender: asyncio.Task[None] | None = None

@@ -342,5 +342,42 @@ def demo(name: str, folder: Path, stay: bool | None, as_json: bool) -> None:
         raise HeadraceError("The run is not exact: see lost, doubled and features_equal above.")
 
 
+@main.group()
+def bench() -> None:
+    """Measure a real worker on this machine. Figures are of this minute: compare within one run."""
+
+
+def _bench_result(result: dict[str, Any], as_json: bool) -> None:
+    from app.terminal import table
+
+    if as_json:
+        _print_json(result)
+    else:
+        table(["figure", "value"], [[k, v] for k, v in result.items()])
+
+
+@bench.command("throughput", epilog="Example: headrace bench throughput --pipeline card-fraud --json")
+@click.option("--pipeline", "-p", "name", default="card-fraud", show_default=True, metavar="NAME")
+@click.option("--events", default=200_000, show_default=True, help="How large the backlog is.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line.")
+def bench_throughput(name: str, events: int, as_json: bool) -> None:
+    """CPU per event, events/s and memory of one worker that catches up a backlog."""
+    from app import bench as benches
+
+    _bench_result(benches.throughput(_settings(), name, events), as_json)
+
+
+@bench.command("latency", epilog="Example: headrace bench latency --rate 2000 --json")
+@click.option("--pipeline", "-p", "name", default="card-fraud", show_default=True, metavar="NAME")
+@click.option("--rate", default=2000.0, show_default=True, help="Events a second, sent whatever comes back.")
+@click.option("--seconds", default=20.0, show_default=True, help="How long, after five seconds of warm-up.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line.")
+def bench_latency(name: str, rate: float, seconds: float, as_json: bool) -> None:
+    """From when an event is due to be sent until its prediction is read."""
+    from app import bench as benches
+
+    _bench_result(benches.latency(_settings(), name, rate, seconds), as_json)
+
+
 if __name__ == "__main__":
     main()

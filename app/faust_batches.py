@@ -36,6 +36,7 @@ class Positions(Protocol):
     """Who knows where partitions start, and what may be committed: app.worker's Partitions."""
 
     committable: dict[TP, int]
+    first: tuple[str, ...]  # topics whose records go before others of the same poll
 
     async def take(self, committed: Mapping[TP, int | None], consumer: Consumer) -> Mapping[TP, int]:
         """Open what was assigned, given what the group committed. Returns the next offset of each."""
@@ -105,10 +106,13 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
                     found = await self._getmany(active, POLL_S) if active and self.flow_active else {}
                 if not found:
                     await asyncio.sleep(0 if active else POLL_S)
-                by_topic: dict[str, list[tuple[int, Any]]] = {}
+                # Labels before events: what was known at a time may be used at that time.
+                by_topic: dict[str, list[tuple[int, Any]]] = {t: [] for t in self.positions.first}
                 for tp, records in found.items():
                     by_topic.setdefault(tp.topic, []).append((tp.partition, records))
                 for topic, polled in by_topic.items():
+                    if not polled:
+                        continue
                     message = _message(topic, polled, epoch, self.app.consumer_generation_id)
                     await self.wait_first(self.callback(message), self.suspend_flow.wait())
         except self.consumer_stopped_errors:

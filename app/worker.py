@@ -55,6 +55,8 @@ class Partitions:
     def __init__(self, worker: Worker, address: str) -> None:
         self._worker, self._address = worker, address
         self.committable: dict[TP, int] = {}
+        labels = worker.pipeline.labels
+        self.first = (labels.topic,) if labels is not None else ()
         self.taken = False
 
     async def take(self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer) -> Mapping[TP, int]:

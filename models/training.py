@@ -83,7 +83,8 @@ def train(
     # 4. compare the graph with what was trained, on the test and where one bit sends a row the other way
     planted = _planted(test, splits)
     beside = model.score_many(planted.astype(np.float64))
-    worst = max(_worst(scores[late], classifier, test, threads), _worst(beside, classifier, planted, threads))
+    tried = np.concatenate([test, planted])
+    worst = _worst(np.concatenate([scores[late], beside]), classifier, tried, threads)
     if not worst <= TOLERANCE:
         raise _disagree(f"scores differ by up to {worst:.3g}, and {TOLERANCE:g} is allowed")
     say(f"The exported graph agrees with the trained model within {worst:.2g}.")
@@ -264,7 +265,7 @@ def _below(thresholds: Floats) -> Rounded:
     """The largest float32 not above each threshold; infinity where no finite float32 is above it."""
     with np.errstate(over="ignore"):
         nearest = thresholds.astype(np.float32)
-    below = np.where(nearest > thresholds, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+        below = np.where(nearest > thresholds, np.nextafter(nearest, np.float32(-np.inf)), nearest)
     return np.where(thresholds >= _LARGEST, np.float32(np.inf), below)
 
 
@@ -297,7 +298,7 @@ def _worst(scores: Scores, classifier: Any, inputs: Rounded, threads: int) -> fl
     """How far the graph's scores are from the trained model's."""
     with _extra("threadpoolctl").threadpool_limits(threads, user_api="openmp"):
         trained = classifier.predict_proba(inputs)[:, 1]
-    return float(np.max(np.abs(scores - trained), initial=0.0))
+    return float(np.max(np.abs(scores - trained)))
 
 
 def _planted(test: Rounded, splits: list[tuple[int, np.float32]]) -> Rounded:

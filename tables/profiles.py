@@ -97,10 +97,10 @@ class Profiles:
         self._seen: Ints = np.full((partitions, 2 * partitions), -1, np.int64)
         # By slot: whose it is, where its last record stood, what flush and mirror have yet to take.
         self._keys: list[Any] = []
-        self._partition: Ints = np.zeros(0, np.int64)
-        self._offset: Ints = np.zeros(0, np.int64)
-        self._dirty = np.zeros(0, np.bool_)
-        self._stale = np.zeros(0, np.bool_)
+        self._partition: Ints = np.full(64, -1, np.int64)
+        self._offset: Ints = np.full(64, -1, np.int64)
+        self._dirty = np.zeros(64, np.bool_)
+        self._stale = np.zeros(64, np.bool_)
 
     def warm(self) -> None:
         """Load the compiled kernel, so that the first event need not wait for it."""
@@ -241,7 +241,7 @@ class Profiles:
         packed = self._stores[partition].get(key_bytes(key))
         slot = self._arena.new() if packed is None else self._arena.unpack(packed)
         if slot >= len(self._partition):
-            self._widen(slot)
+            self._widen()
         while len(self._keys) <= slot:
             self._keys.append(None)
         self._keys[slot] = key
@@ -249,8 +249,8 @@ class Profiles:
         self._slots[key] = slot
         return slot
 
-    def _widen(self, slot: int) -> None:
-        more = max(64, slot)
+    def _widen(self) -> None:
+        more = len(self._partition)
         self._partition = np.concatenate([self._partition, np.full(more, -1, np.int64)])
         self._offset = np.concatenate([self._offset, np.full(more, -1, np.int64)])
         self._dirty = np.concatenate([self._dirty, np.zeros(more, np.bool_)])

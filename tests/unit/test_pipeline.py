@@ -59,7 +59,7 @@ def test_what_is_compiled() -> None:
 
 @pytest.mark.parametrize(
     ("old", "new", "topic"),
-    [("    id: ID\n", "    id: ID\n    topic: raw.orders\n", "raw.orders"), ("", "", "shop.orders")],
+    [("id: ID\n", "id: ID\n    topic: raw.orders\n", "raw.orders"), ("id: ID\n", "id: ID\n", "shop.orders")],
 )
 def test_a_stream_s_topic_is_the_first_entity_s_log(old: str, new: str, topic: str) -> None:
     p = shop(old, new)

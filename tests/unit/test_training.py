@@ -198,22 +198,23 @@ def test_the_version_names_graph_and_card(trained: training.Trained) -> None:
 
 
 def test_the_pipeline_s_trees_depth_and_learning_rate_are_followed() -> None:
-    def weights(**changes: Any) -> tuple[int, Any]:
+    def first_tree(**changes: Any) -> tuple[int, Any]:
         graph = attributes(training.train(with_model(**changes), *data()).graph)
         trees = np.array(graph["class_treeids"])
-        assert np.unique(trees, return_counts=True)[1].max() == 2 ** changes["depth"]
         return int(trees.max()) + 1, np.array(graph["class_weights"])[trees == 0]
 
-    count, fast = weights(trees=7, depth=2, learning_rate=0.4)
-    more, slow = weights(trees=9, depth=2, learning_rate=0.1)
+    count, fast = first_tree(trees=7, depth=2, learning_rate=0.4)
+    more, slow = first_tree(trees=9, depth=2, learning_rate=0.1)
     assert (count, more) == (7, 9)
+    assert len(fast) == len(slow) == 4
     assert fast == pytest.approx(4 * slow)
-    weights(trees=2, depth=6, learning_rate=0.1)  # more leaves than the 31 of scikit-learn's default
+    _, deep = first_tree(trees=1, depth=6, learning_rate=0.1)
+    assert 31 < len(deep) <= 64  # the depth is the only bound; scikit-learn's own is 31 leaves
 
 
 def test_the_pipeline_s_seed_is_followed() -> None:
     # Only bins of more than 200,000 rows are drawn by chance.
-    vectors, labels, times = data(260_000)
+    vectors, labels, _ = data(260_000)
     pipelines = [with_model(trees=1, depth=2, seed=seed) for seed in (1, 1, 2)]
     one, same, other = (training._fit(p, training._rounded(vectors), labels, 1, print) for p in pipelines)
     export = [training._export(c, SHOP)[0] for c in (one, same, other)]
@@ -274,7 +275,7 @@ def test_a_value_beside_a_threshold_goes_the_way_that_was_trained(model: Model, 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 @settings(max_examples=25)
 def test_neighbours_among_float32_stay_apart(value: float) -> None:
-    """The threshold between them is no float32: rounded to the nearest it is the upper one half of the time."""
+    """The threshold between them is no float32: rounded to the nearest it is often the upper one."""
     split = np.float32(value)
     above = np.nextafter(split, np.float32(np.inf))
     if np.isinf(above):
@@ -504,6 +505,6 @@ def test_evaluation_needs_nothing_of_the_extra() -> None:
     code = (
         "import sys; from models import training; import numpy as np;"
         "training.evaluate(np.array([0, 1], np.int8), np.array([0.1, 0.2]));"
-        "sys.exit(bool({'sklearn', 'onnx', 'scipy', 'threadpoolctl'} & set(sys.modules)))"
+        "sys.exit(bool({'sklearn', 'onnx', 'threadpoolctl'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=PIPELINES.parents[1])

@@ -1,0 +1,169 @@
+"""Benchmarks of a real worker process: a number counts when a command of this file makes it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from app import demo, history, kafka, lifecycle, replay, session
+from app.datasets.cards import write_cards
+from app.local import services
+from app.settings import Settings
+from models.errors import HeadraceError
+from models.events import event_id
+from models.pipeline import Pipeline, find
+from models.scoring import ModelError
+from tables import model_folder
+
+CITY = {"customers": 5000, "terminals": 10_000, "days": 120}  # 9,600 payments a day, as the Handbook's
+WARM_UP_S = 5.0
+POLL_S = 0.2
+
+Report = Callable[[str], None]
+
+
+def throughput(settings: Settings, name: str, events: int) -> dict[str, Any]:
+    """A backlog of so many events, caught up by one worker.
+
+    CPU and memory are of the whole worker process, from when it holds its partitions until the last
+    prediction is out: fetching, both stages, scoring, sending, flushes, mirror.
+    """
+    return _run(settings, name, events, _throughput)
+
+
+def latency(settings: Settings, name: str, rate: float, seconds: float) -> dict[str, Any]:
+    """An open load of so many events a second: from when each was due until its prediction arrived here."""
+
+    async def measure(*parts: Any) -> dict[str, Any]:
+        return await _latency(*parts, rate)
+
+    return _run(settings, name, int(rate * (seconds + WARM_UP_S)), measure)
+
+
+def _run(settings: Settings, name: str, events: int, measure: Callable[..., Any]) -> dict[str, Any]:
+    console = Console(stderr=True)
+
+    def report(text: str) -> None:
+        console.print(f"  {text}", highlight=False)
+
+    pipeline = find(name, settings.pipelines, f"{name}-bench")
+    with session.running_services(settings, lambda s, e: report(f"{s}: {e}")) as addresses:
+        tape = _prepare(settings, pipeline, events, report)
+        result: dict[str, Any] = asyncio.run(measure(settings, pipeline, tape, addresses, report))
+        return result
+
+
+def _prepare(settings: Settings, pipeline: Pipeline, events: int, report: Report) -> replay.Tape:
+    """Data and a model. The last `events` of the file are the load."""
+    if pipeline.name == "card-fraud":
+        file = settings.data_root / "bench" / "cards.parquet"
+        if not file.exists():
+            write_cards(file, **CITY)
+    else:
+        story = demo.STORIES.get(pipeline.name)
+        if story is None:
+            raise HeadraceError(f"There is no benchmark of {pipeline.name}; there are {', '.join(demo.STORIES)}.")
+        file = Path("data") / story.file
+        if not file.exists():
+            story.make(file, lambda done, total: None)
+    try:
+        model_folder.load(settings.models_root, pipeline)
+    except ModelError:
+        features = file.with_suffix(".features.parquet")
+        history.compute(file, features, pipeline)
+        lifecycle.train(pipeline, features, settings.models_root, report)
+    times = history.read(file, pipeline).history.times
+    if len(times) < events:
+        raise HeadraceError(f"{file} has {len(times):,} events; ask for fewer than {events:,}.")
+    start = np.datetime64(int(times[len(times) - events]), "ms")
+    return replay.tape(file, pipeline, str(start))
+
+
+async def _throughput(
+    settings: Settings, pipeline: Pipeline, tape: replay.Tape, addresses: services.Addresses, report: Report
+) -> dict[str, Any]:
+    await session.fresh(settings, pipeline, addresses)
+    report(f"publishing a backlog of {tape.events:,} events and {len(tape.rows) - tape.events:,} labels")
+    await replay.publish(tape, pipeline, addresses.kafka, None)
+    worker = session.Process(settings, pipeline, "worker")
+    try:
+        worker.start()
+        await worker.ready()
+        began, first = time.perf_counter(), await worker.metrics()
+        report("the worker holds its partitions")
+        done, peak, seen_at = 0.0, 0.0, time.perf_counter()
+        now = first
+        while done < tape.events and time.perf_counter() - seen_at < session.STALLED_S:
+            worker.check()
+            await asyncio.sleep(POLL_S)
+            now = await worker.metrics()
+            peak = max(peak, now["process_resident_memory_bytes"])
+            if now["headrace_predictions_total"] != done:
+                done, seen_at = now["headrace_predictions_total"], time.perf_counter()
+        seconds = seen_at - began
+    finally:
+        worker.stop()
+    predicted = sum((await _counts(addresses.kafka, pipeline)).values())
+    cpu = now["process_cpu_seconds_total"] - first["process_cpu_seconds_total"]
+    scored = done - first["headrace_predictions_total"]
+    return {
+        "bench": "throughput",
+        "pipeline": pipeline.name,
+        "events": tape.events,
+        "predictions": predicted,
+        "cpu_us_per_event": round(cpu / scored * 1e6, 2) if scored else None,
+        "events_per_s": round(scored / seconds, 1),
+        "rss_mib": round(peak / 2**20, 1),
+        "seconds": round(seconds, 2),
+    }
+
+
+async def _counts(address: str, pipeline: Pipeline) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    async for record in kafka.read_between(address, pipeline.predictions):
+        counts[record.partition] = counts.get(record.partition, 0) + 1
+    return counts
+
+
+async def _latency(
+    settings: Settings, pipeline: Pipeline, tape: replay.Tape, addresses: services.Addresses, report: Report,
+    rate: float,
+) -> dict[str, Any]:  # fmt: skip
+    await session.fresh(settings, pipeline, addresses)
+    worker = session.Process(settings, pipeline, "worker")
+    reader = session.Predictions(addresses.kafka, pipeline.predictions)
+    due = np.zeros(tape.events)
+    try:
+        worker.start()
+        await worker.ready()
+        report(f"{rate:,.0f} events/s for {tape.events / rate:.0f} s, of which the first {WARM_UP_S:.0f} do not count")
+        before = await worker.metrics()
+        async with reader.reading(settings.partitions):
+            await replay.publish(tape, pipeline, addresses.kafka, rate, None, due)
+            await reader.until(tape.events, worker.check)
+        after = await worker.metrics()
+    finally:
+        worker.stop()
+    ids = np.array([event_id(i) for i in reader.ids], np.int64)
+    order = np.argsort(tape.history.ids)
+    sent = due[order[np.searchsorted(tape.history.ids, ids, sorter=order)]]
+    waited = (np.array(reader.arrived) - sent)[sent >= due.min() + WARM_UP_S] * 1000
+    p50, p99, most = np.percentile(waited, [50, 99, 100]).tolist()
+    cpu = after["process_cpu_seconds_total"] - before["process_cpu_seconds_total"]
+    return {
+        "bench": "latency",
+        "pipeline": pipeline.name,
+        "rate": rate,
+        "events": len(waited),
+        "missing": tape.events - len(reader.ids),
+        "p50_ms": round(p50, 2),
+        "p99_ms": round(p99, 2),
+        "max_ms": round(most, 2),
+        "cpu_us_per_event": round(cpu / tape.events * 1e6, 2),
+    }

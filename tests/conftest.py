@@ -1,0 +1,78 @@
+"""Real services and real data, made once for the whole test session and taken down at its end."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app import history, lifecycle
+from app.datasets.cards import write_cards
+from app.datasets.flights import write_flights
+from app.local import services
+from app.settings import Settings
+from models.pipeline import Pipeline, find
+
+REPOSITORY = Path(__file__).parents[1]
+PIPELINES = REPOSITORY / "configs" / "pipelines"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """Settings of a data root of its own, with Kafka and Redis running under it.
+
+    Child processes see it too: it stands in the environment for the session's length.
+    """
+    root = tmp_path_factory.mktemp("world")
+    own = {
+        "HEADRACE_DATA_ROOT": str(root / "data"),
+        "HEADRACE_MODELS_ROOT": str(root / "models"),
+        "HEADRACE_PIPELINES": str(PIPELINES),
+        "HEADRACE_PARTITIONS": "4",
+        "HEADRACE_KAFKA_PORT": "29092",
+        "HEADRACE_REDIS_PORT": "26379",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.startswith("HEADRACE_") and name not in ("HEADRACE_KAFKA", "HEADRACE_REDIS_URL"):
+                patch.delenv(name)
+        for name, value in own.items():
+            patch.setenv(name, value)
+        settings = Settings()
+        services.up(settings, ["kafka", "redis"])
+        try:
+            yield settings
+        finally:
+            services.down(settings)
+
+
+@pytest.fixture(scope="session")
+def addresses(world: Settings) -> services.Addresses:
+    return services.addresses(world)
+
+
+@pytest.fixture(scope="session")
+def flights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every flight of 2013."""
+    path = tmp_path_factory.mktemp("flights") / "flights.parquet"
+    write_flights(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def cards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty-five days of a city of 3,000 customers."""
+    path = tmp_path_factory.mktemp("cards") / "cards.parquet"
+    write_cards(path, customers=3000, terminals=6000, days=45)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(world: Settings, flights: Path, cards: Path) -> Settings:
+    """The world with a model of each shipped pipeline."""
+    for name, file in (("flight-delays", flights), ("card-fraud", cards)):
+        pipeline: Pipeline = find(name, world.pipelines)
+        features = world.data_root / f"{name}.features.parquet"
+        history.compute(file, features, pipeline)
+        lifecycle.train(pipeline, features, world.models_root, lambda step: None)
+    return world
