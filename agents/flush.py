@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 
 from agents.outbox import Outbox
 from agents.route import Route
 from tables.profiles import Profiles
+from tables.store import Snapshot
 
 FLUSH_EVERY_S = 0.5  # bounds one WriteBatch, which holds the interpreter while it is written
 DURABLE_EVERY_S = 2.0  # bounds the fold after a crash to some seconds of events
@@ -23,6 +25,9 @@ class Flush:
         self._stages, self._route, self._outbox = stages, route, outbox
         self._committed, self._label_topic = committed, label_topic
         self._lock = asyncio.Lock()
+        # Taken and not yet written. A flush that is cancelled leaves them to the next one: their
+        # profiles count as clean, so a later position must not be written without them.
+        self._taken: deque[tuple[Profiles, Snapshot]] = deque()
 
     async def run(self) -> None:
         """Flush for ever, and make it durable now and then."""
@@ -36,12 +41,13 @@ class Flush:
         """One flush. On return all that was folded before the call is written."""
         async with self._lock:
             # 1. the state between two micro-batches
-            snapshots = [(stage, snapshot) for stage in self._stages for snapshot in stage.snapshots()]
+            self._taken.extend((stage, taken) for stage in self._stages for taken in stage.snapshots())
             routed = dict(self._route.positions) if self._route else {}
             # 2. everything that was sent on the way to it has arrived
             await self._outbox.acknowledged()
             # 3. profiles and position in one step, a partition at a time
-            for stage, snapshot in snapshots:
+            while self._taken:
+                stage, snapshot = self._taken.popleft()
                 stage.write(snapshot)
                 self._committed(stage.entity.log, snapshot.partition, snapshot.position)
                 await asyncio.sleep(0)
@@ -51,5 +57,7 @@ class Flush:
                 self._committed(self._label_topic, partition, position)
 
     async def durable(self) -> None:
-        for stage in self._stages:
-            await asyncio.to_thread(stage.flush)
+        """Put what was written on disk. No store is closed meanwhile."""
+        async with self._lock:
+            for stage in self._stages:
+                await asyncio.to_thread(stage.flush)

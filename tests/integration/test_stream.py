@@ -128,6 +128,33 @@ async def test_a_worker_goes_on_from_its_store(
     assert 0 < folded < tape.events
 
 
+@pytest.mark.timeout(180)
+async def test_workers_come_and_go(trained: Settings, addresses: Addresses, flights: Path) -> None:
+    """A second worker joins under load and takes partitions, then leaves, and they come back."""
+    async with running(trained, addresses, "flight-delays", "flights-two") as run:
+        tape = replay.tape(flights, run.pipeline, "2013-02-01", "2013-03-20")
+        second = session.Process(trained, run.pipeline, "worker", 2)
+        publishing = asyncio.create_task(run.publish(tape, 1500))
+        await run.predicted(5000)
+        try:
+            second.start()
+            await second.ready()
+            await _reached(second, 2000)
+        finally:
+            assert second.stop() == 0
+        await publishing
+        verdict = await _all_predicted(run, tape.events)
+    assert (verdict.lost, verdict.doubled, verdict.differing) == (0, 0, 0)
+
+
+async def _reached(worker: session.Process, count: int) -> None:
+    """Wait until a worker has made so many predictions itself."""
+    async with asyncio.timeout(60):
+        while (await worker.metrics())["headrace_predictions_total"] < count:
+            worker.check()
+            await asyncio.sleep(0.1)
+
+
 async def _all_predicted(run: Run, events: int) -> verify.Verdict:
     """Wait until the topic has so many predictions, or nothing comes any more."""
     last, since = -1, 0
