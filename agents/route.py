@@ -6,7 +6,7 @@ router keeps no state: what it sends again after a crash, the stages have seen a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Callable, Sequence
+from collections.abc import AsyncIterable, Callable
 
 import numpy as np
 
@@ -41,22 +41,22 @@ class Route:
     async def run(self, polls: AsyncIterable[Polled]) -> None:
         """Handle micro-batches for as long as they come."""
         async for polled in polls:
-            await self._outbox.room()
-            for partition, records in polled:
-                if records and partition in self.positions:
-                    self.handle(partition, records)
+            self.handle(polled)
 
-    def handle(self, partition: int, records: Sequence[Record]) -> None:
+    def handle(self, polled: Polled) -> None:
+        held = [(partition, records) for partition, records in polled if records and partition in self.positions]
+        origins = np.array([partition for partition, records in held for _ in records], np.int64)
+        records = [record for _, found in held for record in found]
         labels, kept, rejects = self._decode([r.value or b"" for r in records])
         for bad in rejects:
-            self._reject(self._topic, partition, records[bad.index], bad.reason)
-        offsets = np.array([r.offset for r in records], np.int64)[kept]
-        origin = np.full(len(kept), partition, np.int64)
+            self._reject(self._topic, int(origins[bad.index]), records[bad.index], bad.reason)
+        offsets = np.array([r.offset for r in records], np.int64)
         for entity, codec in self._to:
-            values = codec.encode_labels(labels, origin, offsets)
+            values = codec.encode_labels(labels, origins[kept], offsets[kept])
             self._send(entity.log, labels.keys[entity.key], labels, values)
         self.routed += len(kept)
-        self.positions[partition] = records[-1].offset + 1
+        for partition, found in held:
+            self.positions[partition] = found[-1].offset + 1
 
     def _send(self, log: str, entity_keys: list[Key], labels: LabelBatch, values: list[bytes]) -> None:
         """A label whose event has no such key has no profile to go to."""

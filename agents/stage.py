@@ -36,7 +36,6 @@ class Stage:
     async def run(self, polls: AsyncIterable[Polled]) -> None:
         """Handle micro-batches for as long as they come."""
         async for polled in polls:
-            await self._outbox.room()
             self.handle(polled)
 
     def handle(self, polled: Polled) -> None:

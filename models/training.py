@@ -313,7 +313,8 @@ def _planted(test: Rounded, splits: list[tuple[int, np.float32]]) -> Rounded:
 
 
 def _thresholds(scores: Scores, decisions: dict[str, float]) -> dict[str, float]:
-    """Decision to threshold, rarest first, so that its share of these scores is the nearest there is.
+    """Decision to threshold, rarest first, so that its share of these scores is the nearest there is, by
+    their ratio; refused where that is off by more than a factor of two.
 
     A threshold lies half-way to the next lower score: a last bit that another processor computes
     otherwise moves no event over it.
@@ -323,8 +324,9 @@ def _thresholds(scores: Scores, decisions: dict[str, float]) -> dict[str, float]
     thresholds = {}
     for name, share in sorted(decisions.items(), key=lambda item: item[1]):
         wanted = max(1.0, share * len(scores))
-        i = int(np.argmin(np.abs(reached - wanted)))
-        if not wanted / 2 <= reached[i] <= wanted * 2:
+        off = np.maximum(reached / wanted, wanted / reached)
+        i = int(np.argmin(off))
+        if off[i] > 2:
             raise ModelError(
                 f"The decision {name!r} is for {share:.2%} of the events, and the nearest that the model's "
                 f"scores can tell apart is {reached[i] / len(scores):.2%}; give the model better features, "

@@ -1,4 +1,4 @@
-"""How hard the property tests look: `HYPOTHESIS_PROFILE=thorough pytest tests/unit` looks ten times harder."""
+"""How hard the property tests look: with HYPOTHESIS_PROFILE=thorough ten times as hard."""
 
 import os
 

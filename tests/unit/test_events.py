@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from models import pipeline
 from models.events import (
-    AHEAD_MS, LARGEST_VALUE, LATEST_MS, Batch, EventDecoder, LabelDecoder, as_float, event_id, key_bytes, scaled,
+    AHEAD_MS,
+    LARGEST_VALUE,
+    LATEST_MS,
+    Batch,
+    EventDecoder,
+    LabelDecoder,
+    as_float,
+    event_id,
+    key_bytes,
+    scaled,
     texts,
 )  # fmt: skip
 from models.pipeline import Field, Pipeline
@@ -42,7 +51,9 @@ streams:
       TEXT: {type: string, optional: true}
 labels: {field: GOOD, known: SINCE}
 entities:
-  text: {key: TEXT, features: {N: {aggregate: count, window: 1h}, SUM: {aggregate: sum, of: SUMMED, window: 1h}}}
+  text:
+    key: TEXT
+    features: {N: {aggregate: count, window: 1h}, SUM: {aggregate: sum, of: SUMMED, window: 1h}}
   int: {key: INT, features: {RISK: {aggregate: share, of: GOOD, window: 1h, delay: 1h}}}
 vector: [N]
 model: {decisions: {alert: 0.1}}
@@ -237,7 +248,7 @@ BAD = {
     "a gigantic id": (record(ID=10**400), "$.ID"),
     "the id that means absent": (record(ID=-(2**63)), "$.ID"),
     "an amount as text": (record(AMOUNT="57.16"), "Expected `float`, got `str` - at `$.AMOUNT`"),
-    "an amount of three decimals": (record(AMOUNT=57.165), "AMOUNT has more decimals than its scale, or is too large"),
+    "an amount of three decimals": (record(AMOUNT=57.165), "AMOUNT has more decimals than its scale"),
     "a huge amount": (record(AMOUNT=1e15), "AMOUNT has more decimals than its scale, or is too large"),
     "an infinite amount": (record(AMOUNT=57.16).replace(b"57.16", b"1e999"), "Number out of range"),
     "an amount that is none": (record(AMOUNT=math.nan), "JSON is malformed"),
@@ -250,7 +261,7 @@ BAD = {
     "a time after 2100": (record(AT=LATEST_MS), "AT is no time between 1970 and 2100"),
     "a time in microseconds": (record(AT=NOW * 1000), "AT is no time between 1970 and 2100"),
     "a time in seconds of a nova": (record(AT=2**60), "$.AT"),
-    "a time that is yet to come": (record(AT=NOW + AHEAD_MS + 1), "AT is more than a day ahead of its sending"),
+    "a time that is yet to come": (record(AT=NOW + AHEAD_MS + 1), "AT is more than a day ahead of"),
     "a deep hole": (record()[:-1] + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
 }  # fmt: skip
 
@@ -290,7 +301,7 @@ JUNK = st.one_of(
         lambda changes: record(**changes),
         st.dictionaries(
             st.sampled_from(sorted(ORDER)),
-            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.lists(st.integers(), max_size=2),
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just([]),
             min_size=1,
         ),
     ),

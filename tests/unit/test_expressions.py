@@ -52,7 +52,8 @@ ARITHMETIC = {
     "%": operator.mod, "//": operator.floordiv,
 }  # fmt: skip
 COMPARISON = {
-    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq,
+    "!=": operator.ne,
 }  # fmt: skip
 LOGIC: dict[str, Callable[[Any, Any], Any]] = {
     "and": lambda a, b: bool(a) and bool(b),
@@ -80,13 +81,18 @@ def _grown(part: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:
         infix(ARITHMETIC),
         infix(COMPARISON),
         infix(LOGIC),
-        st.builds(lambda f, a: Tree(f.format(f"({a.text})"), _number(unary[f], a)), st.sampled_from(sorted(unary)), part),
+        st.builds(
+            lambda f, a: Tree(f.format(f"({a.text})"), _number(unary[f], a)),
+            st.sampled_from(sorted(unary)), part,
+        ),
         st.builds(
             lambda f, a, b: Tree(f"{f}({a.text}, {b.text})", _number(getattr(np, f), a, b)),
             st.sampled_from(["minimum", "maximum"]), part, part,
         ),
         st.builds(
-            lambda a, c, b: Tree(f"({a.text} if {c.text} else {b.text})", _number(lambda x, y, z: x if y else z, a, c, b)),
+            lambda a, c, b: Tree(
+                f"({a.text} if {c.text} else {b.text})", _number(lambda x, y, z: x if y else z, a, c, b)
+            ),
             part, part, part,
         ),
     )  # fmt: skip

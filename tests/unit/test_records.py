@@ -160,7 +160,11 @@ def test_records_of_another_stage_are_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("key", "keys"),
-    [("SHOP", [b"north", b"s\xc3\xbcd", None, b""]), ("CUSTOMER", [b"1", b"-2", b"3", b"4"]), ("ITEMS", [b"5", None, b"0", None])],
+    [
+        ("SHOP", [b"north", b"s\xc3\xbcd", None, b""]),
+        ("CUSTOMER", [b"1", b"-2", b"3", b"4"]),
+        ("ITEMS", [b"5", None, b"0", None]),
+    ],
 )  # fmt: skip
 def test_the_next_stage_s_keys_are_read_from_the_events(key: str, keys: list[bytes | None]) -> None:
     p = shop("key: SHOP", f"key: {key}")

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -198,8 +198,8 @@ def test_the_version_names_graph_and_card(trained: training.Trained) -> None:
 
 
 def test_the_pipeline_s_trees_depth_and_learning_rate_are_followed() -> None:
-    def first_tree(**changes: Any) -> tuple[int, Any]:
-        graph = attributes(training.train(with_model(**changes), *data()).graph)
+    def first_tree(rows: int = 6_000, **changes: Any) -> tuple[int, Any]:
+        graph = attributes(training.train(with_model(**changes), *data(rows)).graph)
         trees = np.array(graph["class_treeids"])
         return int(trees.max()) + 1, np.array(graph["class_weights"])[trees == 0]
 
@@ -208,6 +208,7 @@ def test_the_pipeline_s_trees_depth_and_learning_rate_are_followed() -> None:
     assert (count, more) == (7, 9)
     assert len(fast) == len(slow) == 4
     assert fast == pytest.approx(4 * slow)
+    assert first_tree(rows=16_000, trees=60, depth=2, learning_rate=0.9)[0] == 60  # none is stopped early
     _, deep = first_tree(trees=1, depth=6, learning_rate=0.1)
     assert 31 < len(deep) <= 64  # the depth is the only bound; scikit-learn's own is 31 leaves
 
@@ -287,6 +288,8 @@ def test_neighbours_among_float32_stay_apart(value: float) -> None:
     assert low < 0.5 < high
 
 
+@example(1e300, 0.0)
+@example(float(np.finfo(np.float32).max), 0.0)
 @given(st.floats(allow_nan=False), st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_a_threshold_in_float32_parts_float32_as_the_exact_one(threshold: float, value: float) -> None:
     (below,) = training._below(np.array([threshold]))
@@ -294,6 +297,7 @@ def test_a_threshold_in_float32_parts_float32_as_the_exact_one(threshold: float,
     near = np.float32(max(min(threshold, 3e38), -3e38))
     for x in (np.nextafter(near, np.float32(-np.inf)), near, np.nextafter(near, np.float32(np.inf))):
         assert (x <= below) == (float(x) <= threshold)
+    assert (np.inf <= below) == (np.finfo(np.float32).max <= below)  # infinities go with the largest
 
 
 def test_a_graph_with_rounded_thresholds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,6 +319,15 @@ def test_a_graph_that_errs_on_test_rows_only_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(Model, "score_many", scores_wrongly)
     with pytest.raises(ModelError, match="scores differ by up to 2"):
         training.train(SHOP, *data())
+
+
+def test_a_graph_that_errs_beside_thresholds_only_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its test rows are all far from them."""
+    monkeypatch.setattr(
+        training, "_below", lambda thresholds: np.nextafter(thresholds.astype(np.float32), -9)
+    )
+    with pytest.raises(ModelError, match="scores differ by up to 0"):
+        training.train(NARROW, *narrow(np.float32(1), np.float32(2)))
 
 
 def test_missing_values_go_the_way_that_was_trained(model: Model, classifier: Any) -> None:
@@ -410,12 +423,20 @@ def test_a_threshold_takes_the_nearest_share_that_scores_allow(steps: list[int],
     try:
         threshold = training._thresholds(scores, {"act": share})["act"]
     except ModelError as error:
-        assert not any(wanted / 2 <= n <= wanted * 2 for n in possible)
+        assert min(max(n / wanted, wanted / n) for n in possible) > 2
         assert "model.decisions.act" in str(error)
         return
     reached = int((scores.astype(np.float64) >= threshold).sum())
-    assert abs(reached - wanted) == min(abs(n - wanted) for n in possible)
+    assert max(reached / wanted, wanted / reached) == min(max(n / wanted, wanted / n) for n in possible) <= 2
     assert threshold not in scores.astype(np.float64) or threshold == scores.min()
+
+
+def test_of_a_threshold_s_neighbours_in_float32_neither_is_counted_wrongly() -> None:
+    one = np.float32(0.25)
+    scores = np.array([one, np.nextafter(one, np.float32(1))] * 4)
+    threshold = training._thresholds(scores, {"act": 0.5})["act"]
+    assert float(scores[0]) < threshold < float(scores[1])
+    assert np.float32(threshold) in scores  # so a comparison in float32 would count all or miss half
 
 
 def test_decisions_that_scores_cannot_tell_apart_are_refused() -> None:

@@ -19,7 +19,7 @@ NIGHT, NOON = 1_600_045_200_000, 1_600_088_400_000  # 2020-09-14, 01:00 and 13:0
 
 def block(*rows: tuple[int, int, int, int, int, float]) -> np.ndarray:
     """ID, AT, CUSTOMER, AMOUNT, ITEMS, WEIGHT as the numeric block holds them."""
-    fields = np.array([r[:5] + (0,) for r in rows], np.int64)
+    fields = np.array([(*r[:5], 0) for r in rows], np.int64)
     fields[:, 5] = np.array([r[5] for r in rows]).view(np.int64)
     return fields
 

@@ -11,11 +11,39 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from models.windows import (
-    COUNT, DUPLICATE, FOLDED, LABEL_EARLY, LABEL_STALE, LABELLED, LATE, MEAN, NEGATIVE, NO_KEY, NULL,
-    OUTCOMES, POSITIVE, SHARE, SUM, TOO_LATE, UNKNOWN, Aggregate, Arena, plan,
+    COUNT,
+    DUPLICATE,
+    FOLDED,
+    LABEL_EARLY,
+    LABEL_STALE,
+    LABELLED,
+    LATE,
+    MEAN,
+    NEGATIVE,
+    NO_KEY,
+    NULL,
+    OUTCOMES,
+    POSITIVE,
+    SHARE,
+    SUM,
+    TOO_LATE,
+    UNKNOWN,
+    Aggregate,
+    Arena,
+    plan,
 )  # fmt: skip
 from tests.fixtures.histories import (
-    PROFILES, SPAN, Break, Case, Entry, Truth, Worker, bits, breaks, cases, label,
+    PROFILES,
+    SPAN,
+    Break,
+    Case,
+    Entry,
+    Truth,
+    Worker,
+    bits,
+    breaks,
+    cases,
+    label,
 )  # fmt: skip
 
 HOUR = 3_600_000
@@ -206,7 +234,7 @@ def test_sums_above_the_integers_of_float64_are_rounded_once() -> None:
 
 
 def test_running_sums_may_pass_the_bounds_of_int64() -> None:
-    """A profile that lives for long sums more than int64 holds; a window is a difference, so it stays exact."""
+    """A profile that lives for long sums more than int64 holds; a window is a difference, and exact."""
     large = [Entry(0, 10 * i, i, (2**62,)) for i in range(8)]
     small = [Entry(0, 100 + i, 100 + i, (1,)) for i in range(3)]
     with np.errstate(over="ignore"):

@@ -1,0 +1,39 @@
+"""The benchmarks run and say what they measured. No figure is asserted: machines are shared and noisy."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from app.settings import Settings
+
+pytestmark = pytest.mark.integration
+
+
+def bench(*arguments: str) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, "-m", "app.cli", "bench", *arguments, "--json"],
+        capture_output=True, text=True, timeout=240, check=False, env=os.environ,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result: dict[str, float] = json.loads(done.stdout)
+    print(f"\n{done.stdout.strip()}")
+    return result
+
+
+@pytest.mark.timeout(300)
+def test_throughput_of_a_backlog(trained: Settings) -> None:
+    result = bench("throughput", "--events", "20000")
+    assert result["events"] == result["predictions"] >= 20_000
+    assert {"cpu_us_per_event", "events_per_s", "rss_mib"} <= result.keys()
+    assert min(result["cpu_us_per_event"], result["events_per_s"], result["rss_mib"]) > 0
+
+
+@pytest.mark.timeout(300)
+def test_latency_under_an_open_load(trained: Settings) -> None:
+    result = bench("latency", "--rate", "500", "--seconds", "4")
+    assert result["missing"] == 0
+    assert result["events"] >= 4 * 500 - 5
+    assert 0 < result["p50_ms"] <= result["p99_ms"] <= result["max_ms"]
