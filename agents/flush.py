@@ -11,7 +11,9 @@ from agents.route import Route
 from tables.profiles import Profiles
 from tables.store import Snapshot
 
-FLUSH_EVERY_S = 1.0  # a profile that changes often is written once; a partition's batch takes a millisecond or two
+FLUSH_EVERY_S = (
+    1.0  # a profile that changes often is written once; a partition's batch takes a millisecond or two
+)
 DURABLE_EVERY_S = 3.0  # bounds the fold after a crash to some seconds of events
 
 

@@ -38,7 +38,9 @@ class MirrorAgent:
                 pause = max(EVERY_S, (time.monotonic() - started) * (1 / SHARE - 1))
             except (RedisError, OSError) as error:
                 if self.failing is None:
-                    log.warning("Redis does not take the mirror (%s); the stream goes on, the mirror waits", error)
+                    log.warning(
+                        "Redis does not take the mirror (%s); the stream goes on, the mirror waits", error
+                    )
                 self.failing = str(error) or type(error).__name__
                 pause = RETRY_S
             await asyncio.sleep(pause)

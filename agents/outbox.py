@@ -22,7 +22,9 @@ class SendFailed(HeadraceError):
 class Outbox:
     """producer: an idempotent aiokafka producer. clock: the time of sending, ms."""
 
-    def __init__(self, producer: Any, clock: Callable[[], int], on_failure: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, producer: Any, clock: Callable[[], int], on_failure: Callable[[Exception], None]
+    ) -> None:
         self._producer = producer
         self._clock = clock
         self._on_failure = on_failure

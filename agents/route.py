@@ -23,9 +23,7 @@ RejectRecord = Callable[[str, int, Record, str], None]  # topic, partition, reco
 class Route:
     """partitions: of each log. `positions` holds the next offset of each label partition."""
 
-    def __init__(
-        self, pipeline: Pipeline, outbox: Outbox, reject: RejectRecord, partitions: int
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, outbox: Outbox, reject: RejectRecord, partitions: int) -> None:
         assert pipeline.labels is not None
         self._topic = pipeline.labels.topic
         self._decode = LabelDecoder(pipeline).decode
@@ -44,7 +42,9 @@ class Route:
             self.handle(polled)
 
     def handle(self, polled: Polled) -> None:
-        held = [(partition, records) for partition, records in polled if records and partition in self.positions]
+        held = [
+            (partition, records) for partition, records in polled if records and partition in self.positions
+        ]
         origins = np.array([partition for partition, records in held for _ in records], np.int64)
         records = [record for _, found in held for record in found]
         labels, kept, rejects = self._decode([r.value or b"" for r in records])

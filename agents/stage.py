@@ -24,7 +24,13 @@ class Stage:
     """number: of this stage, 0 for the first. partitions: of the next entity's log."""
 
     def __init__(
-        self, pipeline: Pipeline, number: int, profiles: Profiles, outbox: Outbox, reject: Reject, partitions: int
+        self,
+        pipeline: Pipeline,
+        number: int,
+        profiles: Profiles,
+        outbox: Outbox,
+        reject: Reject,
+        partitions: int,
     ) -> None:
         self._log = pipeline.entities[number].log
         self._next = pipeline.entities[number + 1].log

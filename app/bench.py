@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from models.pipeline import Pipeline, find
 from models.scoring import ModelError
 from tables import model_folder
 
-CITY = {"customers": 5000, "terminals": 10_000, "days": 120}  # 9,600 payments a day, as the Handbook's
+DAYS = 120  # of the default city: 9,600 payments a day
 WARM_UP_S = 5.0
 POLL_S = 0.2
 
@@ -40,13 +41,29 @@ def throughput(settings: Settings, name: str, events: int) -> dict[str, Any]:
 def latency(settings: Settings, name: str, rate: float, seconds: float) -> dict[str, Any]:
     """An open load of so many events a second: from when each was due until its prediction arrived here."""
 
-    async def measure(*parts: Any) -> dict[str, Any]:
-        return await _latency(*parts, rate)
+    async def measure(load: _Load) -> dict[str, Any]:
+        return await _latency(load, rate)
 
     return _run(settings, name, int(rate * (seconds + WARM_UP_S)), measure)
 
 
-def _run(settings: Settings, name: str, events: int, measure: Callable[..., Any]) -> dict[str, Any]:
+@dataclass
+class _Load:
+    """What a benchmark runs on."""
+
+    settings: Settings
+    pipeline: Pipeline
+    tape: replay.Tape
+    addresses: services.Addresses
+    report: Report
+
+
+def _run(
+    settings: Settings,
+    name: str,
+    events: int,
+    measure: Callable[[_Load], Coroutine[Any, Any, dict[str, Any]]],
+) -> dict[str, Any]:
     console = Console(stderr=True)
 
     def report(text: str) -> None:
@@ -55,8 +72,7 @@ def _run(settings: Settings, name: str, events: int, measure: Callable[..., Any]
     pipeline = find(name, settings.pipelines, f"{name}-bench")
     with session.running_services(settings, lambda s, e: report(f"{s}: {e}")) as addresses:
         tape = _prepare(settings, pipeline, events, report)
-        result: dict[str, Any] = asyncio.run(measure(settings, pipeline, tape, addresses, report))
-        return result
+        return asyncio.run(measure(_Load(settings, pipeline, tape, addresses, report)))
 
 
 def _prepare(settings: Settings, pipeline: Pipeline, events: int, report: Report) -> replay.Tape:
@@ -64,11 +80,13 @@ def _prepare(settings: Settings, pipeline: Pipeline, events: int, report: Report
     if pipeline.name == "card-fraud":
         file = settings.data_root / "bench" / "cards.parquet"
         if not file.exists():
-            write_cards(file, **CITY)
+            write_cards(file, days=DAYS)
     else:
         story = demo.STORIES.get(pipeline.name)
         if story is None:
-            raise HeadraceError(f"There is no benchmark of {pipeline.name}; there are {', '.join(demo.STORIES)}.")
+            raise HeadraceError(
+                f"There is no benchmark of {pipeline.name}; there are {', '.join(demo.STORIES)}."
+            )
         file = Path("data") / story.file
         if not file.exists():
             story.make(file, lambda done, total: None)
@@ -85,18 +103,17 @@ def _prepare(settings: Settings, pipeline: Pipeline, events: int, report: Report
     return replay.tape(file, pipeline, str(start))
 
 
-async def _throughput(
-    settings: Settings, pipeline: Pipeline, tape: replay.Tape, addresses: services.Addresses, report: Report
-) -> dict[str, Any]:
+async def _throughput(load: _Load) -> dict[str, Any]:
+    settings, pipeline, tape, addresses = load.settings, load.pipeline, load.tape, load.addresses
     await session.fresh(settings, pipeline, addresses)
-    report(f"publishing a backlog of {tape.events:,} events and {len(tape.rows) - tape.events:,} labels")
+    load.report(f"publishing a backlog of {tape.events:,} events and {len(tape.rows) - tape.events:,} labels")
     await replay.publish(tape, pipeline, addresses.kafka, None)
     worker = session.Process(settings, pipeline, "worker")
     try:
         worker.start()
         await worker.ready()
         began, first = time.perf_counter(), await worker.metrics()
-        report("the worker holds its partitions")
+        load.report("the worker holds its partitions")
         done, peak, seen_at = 0.0, 0.0, time.perf_counter()
         now = first
         while done < tape.events and time.perf_counter() - seen_at < session.STALLED_S:
@@ -131,10 +148,8 @@ async def _counts(address: str, pipeline: Pipeline) -> dict[int, int]:
     return counts
 
 
-async def _latency(
-    settings: Settings, pipeline: Pipeline, tape: replay.Tape, addresses: services.Addresses, report: Report,
-    rate: float,
-) -> dict[str, Any]:  # fmt: skip
+async def _latency(load: _Load, rate: float) -> dict[str, Any]:
+    settings, pipeline, tape, addresses = load.settings, load.pipeline, load.tape, load.addresses
     await session.fresh(settings, pipeline, addresses)
     worker = session.Process(settings, pipeline, "worker")
     reader = session.Predictions(addresses.kafka, pipeline.predictions)
@@ -142,7 +157,9 @@ async def _latency(
     try:
         worker.start()
         await worker.ready()
-        report(f"{rate:,.0f} events/s for {tape.events / rate:.0f} s, of which the first {WARM_UP_S:.0f} do not count")
+        load.report(
+            f"{rate:,.0f} events/s for {tape.events / rate:.0f} s, of which the first {WARM_UP_S:.0f} do not count"
+        )
         before = await worker.metrics()
         async with reader.reading(settings.partitions):
             await replay.publish(tape, pipeline, addresses.kafka, rate, None, due)

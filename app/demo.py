@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,7 +16,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from app import history, kafka, lifecycle, replay, session, verify
+from app import history, lifecycle, replay, session, verify
 from app.datasets.cards import write_cards
 from app.datasets.flights import write_flights
 from app.local import services
@@ -98,7 +97,9 @@ def run(settings: Settings, name: str, data: Path, stay: bool, quiet: bool) -> S
     pipeline = find(name, settings.pipelines, f"{name}-demo")
     story = STORIES[name]
     console.rule(f"Headrace: {name}")
-    with session.running_services(settings, lambda s, e: console.print(f"  {s:>8}  {e}", highlight=False)) as addresses:
+    with session.running_services(
+        settings, lambda s, e: console.print(f"  {s:>8}  {e}", highlight=False)
+    ) as addresses:
         file = _data(data / story.file, story, console)
         _model(pipeline, file, story, settings, console)
         return asyncio.run(_stream(settings, pipeline, story, file, addresses, console, stay, quiet, started))
@@ -140,7 +141,10 @@ async def _stream(
         api.start()
         tape = replay.tape(file, pipeline, story.start, story.end)
         await asyncio.gather(worker.ready(), api.ready())
-        console.print(f"    worker  ready, {story.rate:,.0f} events/s from {story.start} to {story.end}", highlight=False)
+        console.print(
+            f"    worker  ready, {story.rate:,.0f} events/s from {story.start} to {story.end}",
+            highlight=False,
+        )
         board = _Board(pipeline, tape.events, console, quiet)
         reader = session.Predictions(addresses.kafka, pipeline.predictions, board.see)
         due: Floats = np.zeros(tape.events)
@@ -223,13 +227,13 @@ class _Board:
         for column in ("event", "score", "decision", "log", "offset"):
             table.add_column(column)
         for p in reversed(self._recent):
-            table.add_row(str(p.id), f"{p.score:.3f}", p.decision, str(p.origin.partition), str(p.origin.offset))
+            table.add_row(
+                str(p.id), f"{p.score:.3f}", p.decision, str(p.origin.partition), str(p.origin.offset)
+            )
         return Group(line, bar, table)
 
 
-def _show(
-    summary: Summary, pipeline: Pipeline, addresses: services.Addresses, api: str, worker: str
-) -> None:
+def _show(summary: Summary, pipeline: Pipeline, addresses: services.Addresses, api: str, worker: str) -> None:
     console = Console()
     table = Table(box=None, show_header=False, title="What came of it", title_justify="left")
     for name, value in asdict(summary).items():

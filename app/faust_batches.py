@@ -46,7 +46,11 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
     """Takes from all partitions alike what was fetched."""
 
     async def _fetch_records(
-        self, consumer: Any, active_partitions: set[TP], timeout: float, max_records: int
+        self,
+        consumer: Any,
+        active_partitions: set[TP],
+        timeout: float,  # noqa: ASYNC109 - the signature is Faust's
+        max_records: int,
     ) -> dict[TP, list[Any]]:
         """aiokafka empties one partition before the next, which would drive them days apart."""
         if not self.consumer.flow_active:
@@ -62,7 +66,9 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
                 found.update(await fetcher.fetched_records([tp], timeout=0, max_records=share))
             if found:
                 return found
-            return dict(await fetcher.fetched_records(active_partitions, timeout=timeout, max_records=max_records))
+            return dict(
+                await fetcher.fetched_records(active_partitions, timeout=timeout, max_records=max_records)
+            )
 
 
 class Consumer(driver.Consumer):  # type: ignore[misc]
@@ -130,9 +136,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
 
     def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterable[TP]:
         return [
-            tp
-            for tp in self.positions.committable
-            if topics is None or tp in topics or tp.topic in topics
+            tp for tp in self.positions.committable if topics is None or tp in topics or tp.topic in topics
         ]
 
     def _new_offset(self, tp: TP) -> int | None:

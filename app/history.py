@@ -155,7 +155,9 @@ def _integers(table: pa.Table, field: Field, path: Path) -> Ints:
     units, valid = scaled(floats, field.divisor)
     if not valid.all():
         row = int(np.flatnonzero(~valid)[0])
-        raise FileWrong(f"{path}: {field.name} of row {row}, {floats[row]!r}, has more decimals than its scale.")
+        raise FileWrong(
+            f"{path}: {field.name} of row {row}, {floats[row]!r}, has more decimals than its scale."
+        )
     return units
 
 

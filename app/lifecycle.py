@@ -15,7 +15,11 @@ from tables import model_folder
 
 
 def train(
-    pipeline: Pipeline, features: Path, folder: Path, progress: Callable[[str], None], before: str | None = None
+    pipeline: Pipeline,
+    features: Path,
+    folder: Path,
+    progress: Callable[[str], None],
+    before: str | None = None,
 ) -> dict[str, Any]:
     """Train on what `headrace features compute` wrote, and make the result the champion. Its report.
 

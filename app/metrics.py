@@ -12,17 +12,22 @@ from prometheus_client.registry import Collector
 if TYPE_CHECKING:
     from app.worker import Worker
 
-# name, help, labels
-RECORDS = ("headrace_records", "Records folded, by what became of them", ["entity", "outcome"])
-PROFILES = ("headrace_profiles", "Profiles in memory", ["entity"])
-PROFILE_BYTES = ("headrace_profile_bytes", "Memory of profiles, in bytes", ["entity"])
-POSITION = ("headrace_position", "Next offset of a log that is not yet flushed", ["topic", "partition"])
-PREDICTIONS = ("headrace_predictions", "Predictions sent to Kafka", [])
-LABELS = ("headrace_labels_routed", "Labels written to the entities' logs", [])
-DEAD_LETTERS = ("headrace_dead_letters", "Records sent to the dead letters", [])
-MIRRORED = ("headrace_mirrored", "Profiles written to the mirror", [])
-MIRROR_UP = ("headrace_mirror_up", "1 while Redis takes the mirror", [])
-MODEL = ("headrace_model", "The model that scores", ["pipeline", "version", "definition"])
+_Family = tuple[str, str, list[str]]  # name, help, labels
+
+RECORDS: _Family = ("headrace_records", "Records folded, by what became of them", ["entity", "outcome"])
+PROFILES: _Family = ("headrace_profiles", "Profiles in memory", ["entity"])
+PROFILE_BYTES: _Family = ("headrace_profile_bytes", "Memory of profiles, in bytes", ["entity"])
+POSITION: _Family = (
+    "headrace_position",
+    "Next offset of a log that is not yet flushed",
+    ["topic", "partition"],
+)
+PREDICTIONS: _Family = ("headrace_predictions", "Predictions sent to Kafka", [])
+LABELS: _Family = ("headrace_labels_routed", "Labels written to the entities' logs", [])
+DEAD_LETTERS: _Family = ("headrace_dead_letters", "Records sent to the dead letters", [])
+MIRRORED: _Family = ("headrace_mirrored", "Profiles written to the mirror", [])
+MIRROR_UP: _Family = ("headrace_mirror_up", "1 while Redis takes the mirror", [])
+MODEL: _Family = ("headrace_model", "The model that scores", ["pipeline", "version", "definition"])
 
 
 class WorkerCollector(Collector):
@@ -52,7 +57,7 @@ class WorkerCollector(Collector):
             yield GaugeMetricFamily(*MIRROR_UP[:2], value=worker.mirror.failing is None)
 
 
-def _of(metric: tuple[str, str, list[str]]) -> tuple[str, str, None, list[str]]:
+def _of(metric: _Family) -> tuple[str, str, None, list[str]]:
     name, text, labels = metric
     return name, text, None, labels
 

@@ -74,13 +74,20 @@ def _record(table: pa.Table, part: History, known: Ints | None, pipeline: Pipeli
     order = np.argsort(np.concatenate([known[labelled], part.times]), kind="stable")
     named = [stream.id, stream.time, *dict.fromkeys(e.key for e in pipeline.entities if e.labelled)]
     fields = [stream.fields[name] for name in named]
-    fields += [Field(labels.field, "int"), Field(labels.known, "timestamp", unit=stream.fields[stream.time].unit)]
+    fields += [
+        Field(labels.field, "int"),
+        Field(labels.known, "timestamp", unit=stream.fields[stream.time].unit),
+    ]
     label_table = table.take(pa.array(labelled))
     values = _encode(label_table, fields) + values
     keys = _keys(label_table[stream.id]) + keys
     rows = np.concatenate([labelled, np.arange(n)])
     return Tape(
-        part, rows[order], order < len(labelled), [keys[i] for i in order.tolist()], [values[i] for i in order.tolist()]
+        part,
+        rows[order],
+        order < len(labelled),
+        [keys[i] for i in order.tolist()],
+        [values[i] for i in order.tolist()],
     )
 
 

@@ -110,7 +110,8 @@ class Process:
         async with aiohttp.ClientSession() as http, http.get(f"{self.url}/metrics") as response:
             text = await response.text()
         return {
-            sample.name + ("{" + ",".join(sample.labels.values()) + "}" if sample.labels else ""): sample.value
+            sample.name
+            + ("{" + ",".join(sample.labels.values()) + "}" if sample.labels else ""): sample.value
             for family in text_string_to_metric_families(text)
             for sample in family.samples
         }

@@ -92,7 +92,7 @@ async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
     """The vectors of all events of the stream, by a fold of the logs in log order."""
     numeric = [f.name for f in pipeline.stream.numeric]
     decoder = EventDecoder(pipeline)
-    records, logs, offsets = await _read(address, pipeline.entities[0].log)
+    records, _, _ = await _read(address, pipeline.entities[0].log)
     sent = np.array([r.timestamp for r in records], np.int64)
     batch, kept, rejects = decoder.decode([r.value or b"" for r in records], sent)
     features, outcomes = _fold(pipeline.entities[0], batch, numeric)
@@ -101,7 +101,7 @@ async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
     expected = Expected(batch.ids[order], np.empty((len(order), 0)), len(rejects))
     fields, gathered = batch.fields[order], [features[order]]
     for number, entity in enumerate(pipeline.entities[1:], 1):
-        records, logs, offsets = await _read(address, entity.log)
+        records, logs, _ = await _read(address, entity.log)
         codec = RecordCodec(pipeline, number)
         batch, kept, _ = codec.decode([r.value or b"" for r in records], [r.key for r in records])
         assert batch.sources is not None and batch.offsets is not None
@@ -122,12 +122,15 @@ async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
 def vectors(pipeline: Pipeline, predictions: list[Prediction]) -> Floats:
     """The features that predictions carry, (n, width), null as NaN."""
     names = pipeline.vector
-    return np.array([[p.features.get(n) for n in names] for p in predictions], np.float64).reshape(-1, len(names))
+    return np.array([[p.features.get(n) for n in names] for p in predictions], np.float64).reshape(
+        -1, len(names)
+    )
 
 
 def same(a: Floats, b: Floats) -> npt.NDArray[np.bool_]:
     """Which cells have the same bits, any NaN being as good as another."""
-    return (a.view(np.int64) == b.view(np.int64)) | (np.isnan(a) & np.isnan(b))
+    equal: npt.NDArray[np.bool_] = (a.view(np.int64) == b.view(np.int64)) | (np.isnan(a) & np.isnan(b))
+    return equal
 
 
 def _fold(entity: Entity, batch: Batch, numeric: list[str]) -> tuple[Floats, Any]:

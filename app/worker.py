@@ -16,7 +16,7 @@ import time
 from collections.abc import Coroutine, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import faust
 import uvloop
@@ -59,14 +59,18 @@ class Partitions:
         self.first = (labels.topic,) if labels is not None else ()
         self.taken = False
 
-    async def take(self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer) -> Mapping[TP, int]:
+    async def take(
+        self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer
+    ) -> Mapping[TP, int]:
         """Open what was assigned and find where each starts. What fails stops the worker."""
         try:
             return await asyncio.wait_for(self._take(committed, consumer), 60)
         except Exception as error:
             stop_at_once(error)
 
-    async def _take(self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer) -> Mapping[TP, int]:
+    async def _take(
+        self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer
+    ) -> Mapping[TP, int]:
         worker, score = self._worker, self._worker.score
         assigned = set(committed)
         first = await consumer.earliest_offsets(*assigned) if assigned else {}
@@ -255,7 +259,14 @@ class Worker:
     def _reject_record(self, topic: str, partition: int, record: Record, reason: str) -> None:
         self.dead_letters += 1
         letter = dead_letters.encode(
-            self.pipeline.instance, reason, topic, partition, record.offset, record.timestamp, record.key, record.value
+            self.pipeline.instance,
+            reason,
+            topic,
+            partition,
+            record.offset,
+            record.timestamp,
+            record.key,
+            record.value,
         )
         home = partition % self._counts[self.pipeline.dead_letters]
         self.outbox.put(self.pipeline.dead_letters, home, record.key, letter)
@@ -323,10 +334,12 @@ def run(worker: Worker, address: str, data_root: Path, log_level: str) -> None:
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     app = create_worker(worker, address, data_root)
-    faust.Worker(app, loop=loop, loglevel=log_level, redirect_stdouts=False, quiet=True).execute_from_commandline()
+    faust.Worker(
+        app, loop=loop, loglevel=log_level, redirect_stdouts=False, quiet=True
+    ).execute_from_commandline()
 
 
-def stop_at_once(error: BaseException) -> Any:
+def stop_at_once(error: BaseException) -> NoReturn:
     """End the process without another step: no position may pass what was not handled.
 
     Stores are crash-consistent, and what was not flushed is folded again.

@@ -146,9 +146,7 @@ class EventDecoder:
         summed = {name for e in pipeline.entities for name in e.values}
         fields = list(stream.fields.values())
         self.columns = [(f, _column(f)) for f in stream.numeric]
-        self.decode_one = _decoder(
-            "Event", [(f, _json_type(f, f.name in summed)) for f in fields]
-        )
+        self.decode_one = _decoder("Event", [(f, _json_type(f, f.name in summed)) for f in fields])
 
     def decode(self, values: Sequence[bytes], sent: Ints) -> Decoded:
         """Decode events. values: their JSON; sent: (n,) when their records were sent, ms."""
@@ -159,7 +157,9 @@ class EventDecoder:
         times = None
         for at, (field, column) in enumerate(self.columns):
             block[:, at], good = column([getattr(e, field.name) for e in events])
-            _refuse(rejects, kept, valid, good, f"{field.name} has more decimals than its scale, or is too large")
+            _refuse(
+                rejects, kept, valid, good, f"{field.name} has more decimals than its scale, or is too large"
+            )
             if field.name == stream.time:
                 times = block[:, at].copy()
         assert times is not None
@@ -241,7 +241,9 @@ def _ids(ids: list[Any]) -> Ints:
     return np.array(ids, np.int64)
 
 
-def _decode_all(decode: Callable[[bytes], Any], values: Sequence[bytes]) -> tuple[list[Any], Ints, list[Reject]]:
+def _decode_all(
+    decode: Callable[[bytes], Any], values: Sequence[bytes]
+) -> tuple[list[Any], Ints, list[Reject]]:
     try:
         return [decode(v) for v in values], np.arange(len(values)), []
     except _UNDECODABLE:
@@ -299,7 +301,9 @@ def _column(field: Field) -> Callable[[list[Any]], tuple[Ints, Any]]:
         return np.where(column == NULL, NULL, column * times // per), np.True_
 
     def floats(values: list[Any]) -> Floats:
-        return np.array([np.nan if v is None else v for v in values] if field.optional else values, np.float64)
+        return np.array(
+            [np.nan if v is None else v for v in values] if field.optional else values, np.float64
+        )
 
     match field.type:
         case "int":

@@ -96,7 +96,7 @@ def parse(text: str, fields: Mapping[str, str]) -> Expression:
     return Expression(ast.unparse(tree), tuple(sorted(uses)), evaluate)
 
 
-def _build(node: ast.expr, fields: Mapping[str, str], uses: set[str]) -> Evaluate:
+def _build(node: ast.expr, fields: Mapping[str, str], uses: set[str]) -> Evaluate:  # noqa: PLR0911 - one per form
     def build(part: ast.expr) -> Evaluate:
         return _build(part, fields, uses)
 
@@ -116,8 +116,8 @@ def _build(node: ast.expr, fields: Mapping[str, str], uses: set[str]) -> Evaluat
             return _apply(_COMPARE[type(op)], build(left), build(right))
         case ast.BoolOp(op=op, values=[first, *rest]):
             result = build(first)
-            for value in rest:
-                result = _apply(_LOGIC[type(op)], result, build(value))
+            for part in rest:
+                result = _apply(_LOGIC[type(op)], result, build(part))
             return result
         case ast.IfExp(test=test, body=body, orelse=orelse):
             return _apply(np.where, build(test), build(body), build(orelse))

@@ -10,8 +10,19 @@ import math
 from dataclasses import dataclass, field
 
 from models.windows import (
-    COUNT, DUPLICATE, FOLDED, LABEL_EARLY, LABEL_STALE, LABELLED, LATE, MEAN, POSITIVE, SHARE, TOO_LATE,
-    UNKNOWN, Aggregate,
+    COUNT,
+    DUPLICATE,
+    FOLDED,
+    LABEL_EARLY,
+    LABEL_STALE,
+    LABELLED,
+    LATE,
+    MEAN,
+    POSITIVE,
+    SHARE,
+    TOO_LATE,
+    UNKNOWN,
+    Aggregate,
 )  # fmt: skip
 
 

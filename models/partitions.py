@@ -29,9 +29,7 @@ def partition_of(key: bytes, count: int) -> int:
 
 
 @jit
-def _partition(
-    joined: npt.NDArray[np.uint8], lengths: Ints, ids: Ints, count: int, result: Ints
-) -> None:
+def _partition(joined: npt.NDArray[np.uint8], lengths: Ints, ids: Ints, count: int, result: Ints) -> None:
     start = 0
     for i in range(len(lengths)):
         n = lengths[i]

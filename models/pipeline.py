@@ -244,7 +244,7 @@ def parse(text: str, file: str = "<pipeline>", alias: str | None = None) -> Pipe
 
     >>> parse("name: x", "x.yaml")
     Traceback (most recent call last):
-    models.pipeline.PipelineError: x.yaml:1: $: Object missing required field `streams`; see configs/pipelines/schema.json.
+    models.pipeline.PipelineError: x.yaml:1: $: Object missing required field `streams`; ...
     """
     return _Compiler(text, file).compile(alias)
 
@@ -353,12 +353,15 @@ class _Compiler:
     def file_matches(self, name: str) -> None:
         stem = Path(self.file).stem
         if not self.file.startswith("<") and stem != name:
-            raise self.fail(("name",), f"the file is {stem}.yaml; name the pipeline {stem}, or rename the file.")
+            raise self.fail(
+                ("name",), f"the file is {stem}.yaml; name the pipeline {stem}, or rename the file."
+            )
 
     def stream(self, spec: PipelineSpec) -> Stream:
         if len(spec.streams) != 1:
             raise self.fail(
-                ("streams",), f"there are {len(spec.streams)}; this version takes exactly one stream of events."
+                ("streams",),
+                f"there are {len(spec.streams)}; this version takes exactly one stream of events.",
             )
         ((name, data),) = spec.streams.items()
         at = ("streams", name)
@@ -375,9 +378,13 @@ class _Compiler:
             if fields[field].optional:
                 raise self.fail((*at, "fields", field), f"the event's {role} cannot be optional.")
         if fields[stream.id].type not in ("int", "string"):
-            raise self.fail((*at, "id"), f"{stream.id} is a {fields[stream.id].type}; an id is int or string.")
+            raise self.fail(
+                (*at, "id"), f"{stream.id} is a {fields[stream.id].type}; an id is int or string."
+            )
         if fields[stream.time].type != "timestamp":
-            raise self.fail((*at, "time"), f"{stream.time} is no timestamp; declare it as one, with its unit.")
+            raise self.fail(
+                (*at, "time"), f"{stream.time} is no timestamp; declare it as one, with its unit."
+            )
         return Stream(self.topic(stream.topic, name, at), stream.id, stream.time, fields)
 
     def field(self, given: FieldSpec, name: str, at: tuple[Any, ...]) -> Field:
@@ -395,9 +402,13 @@ class _Compiler:
             if not _NAME.fullmatch(name):
                 raise self.fail(("labels", role), "a field's name has letters, digits and '_'.")
             if name in stream.fields:
-                raise self.fail(("labels", role), f"{name} is a field of the stream; an event cannot know it.")
+                raise self.fail(
+                    ("labels", role), f"{name} is a field of the stream; an event cannot know it."
+                )
         if spec.labels.field == spec.labels.known:
-            raise self.fail(("labels", "known"), f"{spec.labels.known} is the label itself; name the field with the time.")
+            raise self.fail(
+                ("labels", "known"), f"{spec.labels.known} is the label itself; name the field with the time."
+            )
         topic = self.topic(spec.labels.topic, "labels", ("labels",))
         return Labels(topic, spec.labels.field, spec.labels.known)
 
@@ -563,9 +574,7 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
                 problem="a key is a name, not a list or a mapping", problem_mark=key.start_mark
             )
         if key.value in seen:
-            raise yaml.MarkedYAMLError(
-                problem=f"{key.value!r} stands twice", problem_mark=key.start_mark
-            )
+            raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
         seen.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
@@ -585,10 +594,22 @@ def _definition(
         "id": stream.id,
         "time": stream.time,
         "block": [f.name for f in stream.numeric],  # the order in which records between stages hold them
-        "fields": [(f.name, f.type, f.divisor, f.unit, f.optional) for n, f in sorted(stream.fields.items()) if n in used],
+        "fields": [
+            (f.name, f.type, f.divisor, f.unit, f.optional)
+            for n, f in sorted(stream.fields.items())
+            if n in used
+        ],
         "label": labels.field if labels else None,
         "entities": [
-            (e.name, e.key, e.features, e.values, e.plan.bounds.tolist(), e.plan.ops.tolist(), e.plan.retention)
+            (
+                e.name,
+                e.key,
+                e.features,
+                e.values,
+                e.plan.bounds.tolist(),
+                e.plan.ops.tolist(),
+                e.plan.retention,
+            )
             for e in entities
         ],
         "transforms": [(name, t.text) for name, t in sorted(transforms.items())],

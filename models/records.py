@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from models.events import Batch, Decoded, LabelBatch, Reject, key_bytes, texts
 from models.pipeline import Pipeline
-from models.windows import EVENT, LABEL, Bytes, Floats, Ints, jit
+from models.windows import EVENT, LABEL, Floats, Ints, jit
 
 _MAGIC = 0x52_44_52_48  # "HRDR"
 
@@ -35,7 +35,8 @@ class RecordCodec:
         self.fields = len(pipeline.stream.numeric)
         self.dtype = np.dtype(
             [
-                ("magic", "<u4"), ("layout", "<u4"), ("kind", "i1"), ("label", "i1"), ("source", "<i2"), ("partition", "<i4"),
+                ("magic", "<u4"), ("layout", "<u4"), ("kind", "i1"), ("label", "i1"), ("source", "<i2"),
+                ("partition", "<i4"),
                 ("offset", "<i8"), ("time", "<i8"), ("id", "<i8"), ("clock", "<i8"),
                 ("fields", "<i8", (self.fields,)), ("features", "<f8", (self.carried,)),
             ]
@@ -94,9 +95,7 @@ class RecordCodec:
         )
         return batch, kept, rejects
 
-    def _heads(
-        self, n: int, kind: int, writer: int, partitions: Ints, offsets: Ints
-    ) -> npt.NDArray[np.void]:
+    def _heads(self, n: int, kind: int, writer: int, partitions: Ints, offsets: Ints) -> npt.NDArray[np.void]:
         heads = np.zeros(n, self.dtype)
         heads["magic"], heads["layout"] = _MAGIC, self.layout
         heads["kind"], heads["source"] = kind, writer
@@ -121,9 +120,7 @@ def next_keys(pipeline: Pipeline, stage: int) -> Callable[[Batch], list[bytes | 
         ]
     column = pipeline.stream.numeric.index(field)
     null = np.iinfo(np.int64).min
-    return lambda batch: [
-        None if k == null else key_bytes(k) for k in batch.fields[:, column].tolist()
-    ]
+    return lambda batch: [None if k == null else key_bytes(k) for k in batch.fields[:, column].tolist()]
 
 
 @jit
@@ -141,7 +138,7 @@ def fresh(logs: Ints, sources: Ints, offsets: Ints, seen: Ints) -> npt.NDArray[n
     return result
 
 
-def in_step(partitions: Bytes | Ints, clocks: Ints) -> Ints | None:
+def in_step(partitions: Ints, clocks: Ints) -> Ints | None:
     """The order in which the records of several partitions happened; None if they are in it.
 
     Each partition keeps its own order: a record counts as no earlier than those before it.

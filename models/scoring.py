@@ -58,7 +58,9 @@ class Model:
             self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions share no public base
             first = str(error).splitlines()[0]
-            raise ModelError(f"The model {card.version} is no graph that can be loaded ({first}); train it again.") from None
+            raise ModelError(
+                f"The model {card.version} is no graph that can be loaded ({first}); train it again."
+            ) from None
         self._input = self._session.get_inputs()[0].name
         self._output = self._session.get_outputs()[-1].name
         # Rarest first: the decision is the first whose threshold a score reaches.

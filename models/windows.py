@@ -18,8 +18,10 @@ Behind the last row stands a closing row that holds the totals, so a chunk of c 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -173,7 +175,7 @@ class Arena:
         _pack(self._rows, self._table, self.plan, slots, ends - words, packed)
         view = packed.astype("<i8", copy=False).tobytes()
         edges = [0, *(ends * 8).tolist()]
-        return [view[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        return [view[a:b] for a, b in pairwise(edges)]
 
     def unpack(self, packed: bytes) -> int:
         """A new slot that holds the profile that `pack` wrote."""
@@ -191,7 +193,8 @@ class Arena:
 # The kernel. Plain functions over arrays: numba compiles them once and caches the result on disk.
 # `p` is one profile's line of the table.
 
-jit: Any = njit(cache=True, nogil=True)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+jit: Callable[[_Function], _Function] = njit(cache=True, nogil=True)
 
 
 @jit
@@ -351,9 +354,7 @@ def _early_label(rows: Ints, p: Ints, time: int, event_id: int, horizon: int) ->
 
 
 @jit
-def _insert(
-    rows: Ints, p: Ints, plan: Plan, time: int, event_id: int, values: Ints
-) -> int:
+def _insert(rows: Ints, p: Ints, plan: Plan, time: int, event_id: int, values: Ints) -> int:
     """Put one event's row in its place. There is room for it. Returns FOLDED or LATE."""
     newest = p[_NEWEST]
     late = newest != NULL and time < newest
@@ -414,7 +415,7 @@ def _label(rows: Ints, p: Ints, plan: Plan, time: int, event_id: int, state: int
 
 @jit
 def _known(rows: Ints, p: Ints, event_id: int) -> bool:
-    for i in range(p[_START] + p[_LENGTH] - 1, p[_START] - 1, -1):
+    for i in range(p[_START] + p[_LENGTH] - 1, p[_START] - 1, -1):  # noqa: SIM110 - numba has no any() of this
         if rows[i, _ID] == event_id:
             return True
     return False
@@ -453,9 +454,7 @@ def _fold(
 
 
 @jit
-def _read_many(
-    rows: Ints, table: Ints, plan: Plan, slots: Ints, times: Ints, features: Floats
-) -> None:
+def _read_many(rows: Ints, table: Ints, plan: Plan, slots: Ints, times: Ints, features: Floats) -> None:
     edges = np.empty(len(plan.bounds), np.int64)
     for i in range(len(slots)):
         _read(rows, table[slots[i]], plan, times[i], edges, features[i])

@@ -80,7 +80,7 @@ class Mirror:
 
     async def fetch(self, entity: Entity, id_: str) -> Mirrored | None:
         """The values of one entity, None where there are none."""
-        found: dict[bytes, bytes] = await self._client.hgetall(self.key(entity, id_.encode()))
+        found: Any = await self._client.hgetall(self.key(entity, id_.encode()))
         if not found:
             return None
         return Mirrored(

@@ -1,8 +1,8 @@
 """Where exported models lie: `<folder>/<pipeline>/<version>/`, and a file `champion` that names one.
 
-    model.onnx     the graph, the only thing that is ever loaded
-    model.json     its card (models.scoring.Card)
-    features.txt   the names of its inputs in their order, for people
+model.onnx     the graph, the only thing that is ever loaded
+model.json     its card (models.scoring.Card)
+features.txt   the names of its inputs in their order, for people
 """
 
 from __future__ import annotations
@@ -42,5 +42,7 @@ def load(folder: Path, pipeline: Pipeline) -> Model:
             f"run `headrace train --pipeline {pipeline.name}`."
         ) from None
     except msgspec.MsgspecError as error:
-        raise ModelError(f"The model card {home / version / 'model.json'} is damaged ({error}); train again.") from None
+        raise ModelError(
+            f"The model card {home / version / 'model.json'} is damaged ({error}); train again."
+        ) from None
     return Model(graph, card, pipeline)

@@ -19,7 +19,6 @@ from models.records import fresh, in_step
 from models.windows import NULL, OUTCOMES, Arena, Bytes, Floats, Ints
 from tables.store import Snapshot, Store
 
-
 _NO_SLOT, _ABSENT, _MISPLACED = -1, -2, -3  # no key; not in memory; in another partition's log
 
 
@@ -165,14 +164,14 @@ class Profiles:
         records: list[Record] = []
         lengths: list[int] = []
         owners: list[int] = []
-        for partition, found in polled:
+        for partition, fetched in polled:
             position = self._positions.get(partition)
-            if position is None or not found:
+            if position is None:
                 continue  # revoked while it was on its way
-            if found[0].offset < position:
-                found = [r for r in found if r.offset >= position]
-                if not found:
-                    continue
+            behind = bool(fetched) and fetched[0].offset < position
+            found = [r for r in fetched if r.offset >= position] if behind else fetched
+            if not found:
+                continue
             records.extend(found)
             lengths.append(len(found))
             owners.append(partition)

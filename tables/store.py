@@ -63,7 +63,9 @@ class Store:
                     f"Another process holds the profiles in {path}. Stop it, or give this worker its own "
                     "data root (HEADRACE_DATA_ROOT)."
                 ) from None
-            raise StoreError(f"The store {path} cannot be opened ({error}). Remove it: it is folded again from the log.") from None
+            raise StoreError(
+                f"The store {path} cannot be opened ({error}). Remove it: it is folded again from the log."
+            ) from None
         self._unlogged = WriteOptions()
         self._unlogged.disable_wal = True
         self.position: int | None = None

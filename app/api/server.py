@@ -1,9 +1,9 @@
 """Routes of the query API, for its own process and for each worker.
 
-    GET /v1/features/{entity}/{id}   an entity's features as the mirror has them
-    GET /healthz                     200 while the process runs
-    GET /readyz                      200 when it can do its work, else 503 and why
-    GET /metrics                     Prometheus text format
+GET /v1/features/{entity}/{id}   an entity's features as the mirror has them
+GET /healthz                     200 while the process runs
+GET /readyz                      200 when it can do its work, else 503 and why
+GET /metrics                     Prometheus text format
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def create_api(
     clock: Callable[[], float] = time.time,
 ) -> web.Application:  # fmt: skip
     """An aiohttp application. clock: seconds since the epoch."""
-    lookups = Counter(
-        "headrace_lookups", "Look-ups of features, by status", ["status"], registry=registry
-    )
+    lookups = Counter("headrace_lookups", "Look-ups of features, by status", ["status"], registry=registry)
     seconds = Histogram(
         "headrace_lookup_seconds", "Time of a look-up", registry=registry,
         buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0),
@@ -71,9 +69,7 @@ def create_api(
         return web.Response(text="ready\n") if reason is None else _json(Problem(reason), 503)
 
     async def metrics(_: web.Request) -> web.Response:
-        return web.Response(
-            body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
-        )
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     application = web.Application(middlewares=[_problems])
     application.add_routes(
@@ -124,18 +120,23 @@ async def _features(request: web.Request, pipeline: Pipeline, mirror: Mirror, no
         return _json(Problem(f"The mirror does not answer ({error}); try again."), 503)
     id_ = request.match_info["id"]
     if found is None:
-        return _json(Problem(f"There are no features of {entity.name} {id_}: no event of it within its windows."), 404)
+        return _json(
+            Problem(f"There are no features of {entity.name} {id_}: no event of it within its windows."), 404
+        )
     as_of = dt.datetime.fromtimestamp(found.time / 1000, dt.UTC)
     return _json(
         Features(
-            pipeline.name, entity.name, id_, as_of.isoformat(timespec="milliseconds"), round(now - found.time / 1000, 3),
+            pipeline.name, entity.name, id_, as_of.isoformat(timespec="milliseconds"),
+            round(now - found.time / 1000, 3),
             found.offset, found.definition, found.features,
         )
     )  # fmt: skip
 
 
 @web.middleware
-async def _problems(request: web.Request, handler: Callable[[web.Request], Awaitable[Any]]) -> web.StreamResponse:
+async def _problems(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[Any]]
+) -> web.StreamResponse:
     """Errors of routing as JSON too."""
     try:
         response: web.StreamResponse = await handler(request)

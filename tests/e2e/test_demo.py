@@ -41,7 +41,9 @@ def demo(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def left_running(folder: Path) -> list[str]:
     """Processes that the demonstration started and that still run: they have its data root in their environment."""
-    found = subprocess.run(["ps", "axeww", "-o", "pid=,command="], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        ["ps", "axeww", "-o", "pid=,command="], capture_output=True, text=True, check=True
+    ).stdout
     return [line[:200] for line in found.splitlines() if f"HEADRACE_DATA_ROOT={folder}/" in line]
 
 

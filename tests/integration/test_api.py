@@ -7,7 +7,6 @@ from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import CollectorRegistry
 
 from app.api.server import create_api, mirror_ready
-from app.local.services import Addresses
 from tables.mirror import Mirror, connect
 from tests.integration.test_mirror import mirror, pipeline, touched
 

@@ -1,4 +1,4 @@
-"""The extension of Faust against a real broker: what it relies on of faust-streaming's and aiokafka's inside."""
+"""The extension of Faust against a real broker: it relies on the inside of faust-streaming and aiokafka."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -29,7 +29,9 @@ class Positions:
         self.first: tuple[str, ...] = ()
         self.taken = asyncio.Event()
 
-    async def take(self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer) -> Mapping[TP, int]:
+    async def take(
+        self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer
+    ) -> Mapping[TP, int]:
         self.taken.set()
         return dict.fromkeys(committed, 10)
 
@@ -70,7 +72,9 @@ def test_the_versions_are_those_that_were_read() -> None:
 
 
 @pytest.mark.timeout(120)
-async def test_polls_are_fair_start_at_positions_and_commit_what_was_flushed(addresses: Addresses, topic: str) -> None:
+async def test_polls_are_fair_start_at_positions_and_commit_what_was_flushed(
+    addresses: Addresses, topic: str
+) -> None:
     app = make_app(addresses.kafka)
     outbox = Outbox(None, lambda: 0, lambda error: None)
     polled: list[list[tuple[int, list[Any]]]] = []
@@ -110,7 +114,9 @@ async def test_polls_are_fair_start_at_positions_and_commit_what_was_flushed(add
 
 
 @pytest.mark.timeout(120)
-async def test_what_was_polled_before_partitions_changed_hands_is_dropped(addresses: Addresses, topic: str) -> None:
+async def test_what_was_polled_before_partitions_changed_hands_is_dropped(
+    addresses: Addresses, topic: str
+) -> None:
     app = make_app(addresses.kafka)
     given: list[int] = []
     holding, hold = asyncio.Event(), asyncio.Event()
@@ -125,8 +131,8 @@ async def test_what_was_polled_before_partitions_changed_hands_is_dropped(addres
     outbox = Full(None, lambda: 0, lambda error: None)
 
     async def collect(stream: Any) -> None:
-        async for poll in faust_batches.polls(stream, app, outbox):
-            given.append(sum(len(records) for _, records in poll))
+        async for poll in faust_batches.polls(stream, app, outbox):  # it has no end, so nothing is collected from it
+            given.append(len(poll))  # noqa: PERF401
 
     app.agent(app.topic(topic), name="collect")(collect)
     await app.start()

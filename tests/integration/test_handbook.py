@@ -32,7 +32,8 @@ def test_features_equal_the_published_ones(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "app.cli", "features", "compute", "--pipeline", "card-fraud", "--json",
          "--input", str(source), "--output", str(target)],
-        capture_output=True, text=True, check=True, timeout=240, env=os.environ | {"HEADRACE_PIPELINES": str(PIPELINES)},
+        capture_output=True, text=True, check=True, timeout=240,
+        env=os.environ | {"HEADRACE_PIPELINES": str(PIPELINES)},
     )  # fmt: skip
     report = json.loads(done.stdout)
     print(f"\nfeatures compute: {report['rows']:,} rows, {report['rows_per_s']:,} rows/s")

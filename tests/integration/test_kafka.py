@@ -46,7 +46,7 @@ async def test_predictions_need_as_many_partitions_as_the_last_log(addresses: Ad
     async with kafka.admin(addresses.kafka) as admin:
         await admin.create_topics([kafka.NewTopic(mine.predictions, 3, 1)])
     await kafka.create_topics(addresses.kafka, mine, 2, 1)
-    with pytest.raises(kafka.TopicsWrong, match="has 3 partitions and kafka-uneven.terminal.log has 2"):
+    with pytest.raises(kafka.TopicsWrong, match=r"has 3 partitions and kafka-uneven\.terminal\.log has 2"):
         await kafka.checked_partitions(addresses.kafka, mine)
     await kafka.delete_topics(addresses.kafka, mine)
 

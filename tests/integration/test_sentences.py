@@ -27,9 +27,9 @@ def headrace(*arguments: str, **environment: str) -> tuple[int, str]:
     ("arguments", "environment", "code", "sentence"),
     [
         (["worker", "-p", "card-frad"], {}, 2, "did you mean card-fraud?"),
-        (["worker", "-p", "card-fraud"], {"HEADRACE_MODELS_ROOT": "nowhere"}, 1, "headrace train --pipeline card-fraud"),
+        (["worker", "-p", "card-fraud"], {"HEADRACE_MODELS_ROOT": "x"}, 1, "headrace train --pipeline card-fraud"),
         (["worker", "-p", "card-fraud"], {"HEADRACE_KAFKA": "127.0.0.1:1"}, 1, "No Kafka answers at 127.0.0.1:1"),
-        (["worker", "-p", "card-fraud", "--as", "unmade"], {}, 1, "headrace topics create --pipeline card-fraud --as unmade"),
+        (["worker", "-p", "card-fraud", "--as", "unmade"], {}, 1, "create --pipeline card-fraud --as unmade"),
         (["worker", "-p", "card-fraud"], {"HEADRACE_KAFKA": "nonsense"}, 2, "HEADRACE_KAFKA"),
         (["topics", "create", "-p", "card-fraud"], {"HEADRACE_KAFKA": "127.0.0.1:1"}, 1, "No Kafka answers"),
         (["replay", "nowhere.parquet", "-p", "card-fraud"], {}, 2, "nowhere.parquet"),

@@ -69,7 +69,14 @@ async def running(settings: Settings, addresses: Addresses, name: str, instance:
     [("flight-delays", "2013-04-01", "2013-07-22", 8000), ("card-fraud", "2018-04-05", "2018-04-24", 6000)],
 )
 async def test_features_equal_a_fold_of_the_logs(
-    trained: Settings, addresses: Addresses, flights: Path, cards: Path, name: str, start: str, end: str, rate: float
+    trained: Settings,
+    addresses: Addresses,
+    flights: Path,
+    cards: Path,
+    name: str,
+    start: str,
+    end: str,
+    rate: float,
 ) -> None:
     file = flights if name == "flight-delays" else cards
     async with running(trained, addresses, name, f"{name}-equal") as run:

@@ -2,12 +2,20 @@
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+# Kernels as plain Python, so that their coverage can be seen (`make test` measures it so).
+INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT") == "1"
 
 # No deadlines: the first example of a kernel test waits for its compilation.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("usual", max_examples=150, **_COMMON)
-settings.register_profile("interpreted", max_examples=40, **_COMMON)  # kernels as plain Python: coverage
+settings.register_profile("interpreted", max_examples=40, **_COMMON)
 settings.register_profile("thorough", max_examples=1500, **_COMMON)
-_DEFAULT = "interpreted" if os.environ.get("NUMBA_DISABLE_JIT") == "1" else "usual"
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", _DEFAULT))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreted" if INTERPRETED else "usual"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if INTERPRETED:  # a hash that wraps around is silent only when it is compiled
+        config.addinivalue_line("filterwarnings", "ignore:overflow encountered:RuntimeWarning")

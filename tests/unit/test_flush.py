@@ -48,7 +48,11 @@ class Bench:
         self.stage = Stage(self.pipeline, 0, self.profiles, self.outbox, lambda log, applied: None, 1)
         self.committed: list[int] = []
         self.flush = Flush(
-            [self.profiles], None, self.outbox, lambda topic, partition, position: self.committed.append(position), None
+            [self.profiles],
+            None,
+            self.outbox,
+            lambda topic, partition, position: self.committed.append(position),
+            None,
         )
         self.profiles.start_at(0, self.profiles.open(0) or 0)
 

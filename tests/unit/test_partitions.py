@@ -19,7 +19,6 @@ def kafka_s(key: bytes, count: int) -> int:
 
 
 @given(KEYS, st.integers(1, 200))
-@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # where the kernel runs as plain Python
 def test_partitions_are_kafka_s(keys: list[bytes | None], count: int) -> None:
     """A batch at once: no key's bytes spill into the next one's."""
     ids = np.arange(len(keys)) * 7 - 20
@@ -39,7 +38,6 @@ def test_partitions_are_kafka_s(keys: list[bytes | None], count: int) -> None:
      (b"a-little-bit-longer-string", -1486304829), (b"abc", 479470107),
      (b"lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8", -58897971)],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 def test_the_vectors_of_kafka_s_own_test(key: bytes, hashed: int) -> None:
     """From UtilsTest.testMurmur2 of Apache Kafka, so that we do not lean on one client alone."""
     assert murmur2(key) == hashed % 2**32

@@ -232,7 +232,8 @@ def test_the_graph_is_what_the_card_says_it_is(trained: training.Trained) -> Non
     assert given_.shape[1:] == [4]
     assert [o.name for o in session.get_outputs()] == ["label", "probabilities"]
     vectors, labels, _ = data()
-    both = session.run(["probabilities"], {"vectors": vectors.astype(np.float32)})[0]
+    found, both = session.run(None, {"vectors": vectors.astype(np.float32)})
+    assert (found == (both[:, 1] > 0.5)).all()
     assert both.sum(axis=1) == pytest.approx(np.ones(len(both)), abs=1e-6)
     assert roc_auc_score(labels, both[:, -1]) > 0.8  # of label 1, not of 0
     proto = onnx.load_from_string(trained.graph)
@@ -460,7 +461,18 @@ def test_golden_vectors_are_of_every_kind(trained: training.Trained, model: Mode
     assert np.diff(np.sort(scores)).max() < 0.15 * (test.max() - test.min())
     for threshold in card.thresholds.values():
         assert {test[test >= threshold].min(), test[test < threshold].max()} <= set(scores)
-    assert 8 <= np.isnan(golden).any(axis=1).sum() < len(golden)
+    lower, upper = golden[-16::2], golden[-15::2]  # pairs, a bit apart, on the two sides of a split
+    differs = (lower != upper) & ~np.isnan(lower)
+    assert (differs.sum(axis=1) == 1).all()
+    assert (np.nextafter(lower[differs].astype(np.float32), np.float32(np.inf)) == upper[differs]).all()
+    assert (np.abs(scores[-16::2] - scores[-15::2]) > 10 * TOLERANCE).all()
+
+
+def test_golden_vectors_have_gaps_however_rare() -> None:
+    rows = np.arange(4_000, dtype=np.float32).reshape(2_000, 2)
+    rows[[90, 1_700], 1] = np.nan
+    golden = training._golden(rows, rows[:, 0] / 4_000, [0.5], rows[:0])
+    assert {180.0, 3_400.0} <= set(golden[:, 0].tolist())
 
 
 def test_golden_vectors_tell_a_threshold_moved_by_one_bit(trained: training.Trained) -> None:
