@@ -102,6 +102,8 @@ class Partitions:
             starts[tp] = first[tp] if position is None else position
             stage.start_at(tp.partition, starts[tp])
         self.taken = bool(assigned)
+        held = ", ".join(f"{len(s.partitions)} of {s.entity.log}" for s in worker.stages)
+        say(f"{worker.pipeline.instance}: holds {held}; model {worker.model.card.version}; {worker.url}")
         return starts
 
     async def release(self) -> None:
@@ -136,6 +138,7 @@ class Worker:
         self._address = kafka_address
         self._web: Any = None
         self._host, self._port = host, port
+        self.url = f"http://{host}:{port}"
         self._tasks: list[asyncio.Task[None]] = []
         self.stages = [self._profiles(number) for number in range(len(pipeline.entities))]
         self.by_log = {stage.entity.log: stage for stage in self.stages}
@@ -334,9 +337,9 @@ def run(worker: Worker, address: str, data_root: Path, log_level: str) -> None:
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     app = create_worker(worker, address, data_root)
-    faust.Worker(
-        app, loop=loop, loglevel=log_level, redirect_stdouts=False, quiet=True
-    ).execute_from_commandline()
+    process = faust.Worker(app, loop=loop, loglevel=log_level, redirect_stdouts=False, quiet=True)
+    process.spinner = None  # it hides the cursor, and writes that into logs too
+    process.execute_from_commandline()
 
 
 def stop_at_once(error: BaseException) -> NoReturn:
@@ -345,10 +348,15 @@ def stop_at_once(error: BaseException) -> NoReturn:
     Stores are crash-consistent, and what was not flushed is folded again.
     """
     if isinstance(error, HeadraceError):
-        print(f"headrace worker: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        say(str(error))
     else:
         log.critical("The worker stops: %s", error or type(error).__name__, exc_info=error)
     os._exit(1)
+
+
+def say(text: str) -> None:
+    """Tell who watches the worker."""
+    print(f"headrace worker: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _now_ms() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 
 import uvloop
 from prometheus_client import CollectorRegistry
@@ -21,6 +22,7 @@ def run(pipeline: Pipeline, redis_url: str, host: str, port: int) -> None:
 async def _serve(pipeline: Pipeline, redis_url: str, host: str, port: int) -> None:
     mirror = Mirror(connect(redis_url), pipeline)
     runner = await serve(create_api(pipeline, mirror, CollectorRegistry(), mirror_ready(mirror)), host, port)
+    print(f"headrace api: http://{host}:{port}/v1/features/ENTITY/ID", file=sys.stderr, flush=True)  # noqa: T201
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
