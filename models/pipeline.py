@@ -336,7 +336,7 @@ class _Compiler:
         entities = self.entities(spec, stream, lateness)
         self.vector(spec, stream, transforms, entities)
         self.model(spec)
-        return Pipeline(
+        pipeline = Pipeline(
             name=spec.name,
             instance=self.instance,
             stream=stream,
@@ -349,6 +349,8 @@ class _Compiler:
             predictions_carry_features=spec.predictions_carry_features,
             definition=_definition(stream, labels, entities, transforms, spec.vector),
         )
+        self.topics(pipeline)
+        return pipeline
 
     def file_matches(self, name: str) -> None:
         stem = Path(self.file).stem
@@ -416,6 +418,14 @@ class _Compiler:
         if given is not None and not _TOPIC.fullmatch(given):
             raise self.fail((*at, "topic"), f"{given!r} is no topic name: letters, digits, '.', '_' and '-'.")
         return given or f"{self.instance}.{name}"
+
+    def topics(self, pipeline: Pipeline) -> None:
+        labels = [pipeline.labels.topic] if pipeline.labels else []
+        uses = [pipeline.predictions, pipeline.dead_letters, *(e.log for e in pipeline.entities), *labels]
+        for topic in uses:
+            if uses.count(topic) > 1:
+                at = "labels" if topic in labels else "streams"
+                raise self.fail((at,), f"the topic {topic} has another use; write topic: with a name of its own.")
 
     def transforms(self, spec: PipelineSpec, stream: Stream) -> dict[str, expressions.Expression]:
         types = {name: field.type for name, field in stream.fields.items()}

@@ -67,8 +67,27 @@ class Model:
         ranked = sorted(card.thresholds.items(), key=lambda item: -item[1])
         self._names = [name for name, _ in ranked] + [card.otherwise]
         self._thresholds = np.array([threshold for _, threshold in ranked])
-        golden = np.array(card.golden, np.float64)  # null becomes NaN
-        worst = float(np.max(np.abs(self.score_many(golden) - np.array(card.golden_scores)), initial=0.0))
+        self._agree()
+
+    def _agree(self) -> None:
+        """The graph still gives its golden vectors the scores that it was exported with."""
+        card, width = self.card, len(self.card.features)
+        if not card.golden or len(card.golden) != len(card.golden_scores):
+            raise ModelError(
+                f"The model {card.version} has no golden vectors with a score each; train it again."
+            )
+        if any(len(row) != width for row in card.golden):
+            raise ModelError(
+                f"The model {card.version} has golden vectors of another width than {width}; train it again."
+            )
+        try:
+            scores = self.score_many(np.array(card.golden, np.float64))  # null becomes NaN
+        except Exception as error:  # onnxruntime's own, or no output of the shape that is taken
+            first = str(error).splitlines()[0]
+            raise ModelError(
+                f"The model {card.version} does not score vectors of {width} features ({first}); train it again."
+            ) from None
+        worst = float(np.max(np.abs(scores - np.array(card.golden_scores))))
         if not worst <= TOLERANCE:
             raise ModelError(
                 f"The model {card.version} scores its own golden vectors {worst:.3g} away from what it was "
@@ -77,17 +96,24 @@ class Model:
 
     def score_many(self, vectors: Floats) -> Scores:
         """Scores (n,) float32 in [0, 1] of vectors (n, width) float64."""
-        output: Any = self._session.run([self._output], {self._input: vectors.astype(np.float32)})[0]
+        with np.errstate(over="ignore"):  # what is too large for float32 is infinite, and trees take that
+            inputs = vectors.astype(np.float32)
+        output: Any = self._session.run([self._output], {self._input: inputs})[0]
         scores: Scores = output[:, -1]
         return scores
 
     def decide(self, scores: Scores) -> list[str]:
-        """The decision for each score."""
-        below = (scores.astype(np.float64)[:, None] < self._thresholds).sum(axis=1)
-        return [self._names[i] for i in below.tolist()]
+        """The decision for each score; a score that is no number reaches no threshold."""
+        short_of = (~(scores.astype(np.float64)[:, None] >= self._thresholds)).sum(axis=1)
+        return [self._names[i] for i in short_of.tolist()]
 
 
 def _matches(card: Card, pipeline: Pipeline) -> None:
+    if card.pipeline != pipeline.name:
+        raise ModelError(
+            f"The model {card.version} is of the pipeline {card.pipeline}, not of {pipeline.name}; put each "
+            "model into its own pipeline's folder."
+        )
     if card.features != list(pipeline.vector):
         odd = [a or b for a, b in _pairs(card.features, pipeline.vector) if a != b]
         raise ModelError(

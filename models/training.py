@@ -1,14 +1,15 @@
 """Training: vectors with labels become boosted trees, an ONNX graph and the card that a worker checks.
 
 A pure function of its arguments: the same rows in the same order give the same bytes, whatever the
-number of threads. scikit-learn fits; the graph is written here, one TreeEnsembleClassifier node, and
-is scored by the same `models.scoring.Model` that workers use before anything is believed of it.
+number of threads. scikit-learn fits and skl2onnx exports; the graph is scored by the same
+`models.scoring.Model` that workers use before anything is believed of it.
 
 Every vector is rounded to float32 before the fit, because that is what the graph sees.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 from collections.abc import Callable
@@ -203,7 +204,7 @@ def _fit(pipeline: Pipeline, inputs: Rounded, labels: Bytes, threads: int, say: 
         early_stopping=False,
         random_state=spec.seed,
     )
-    # OpenMP threads wait for each other by spinning: with a busy core, two took 30 times as long as one.
+    # OpenMP threads wait for each other by spinning: with a busy core, two took 3 to 20 times as long as one.
     with _extra("threadpoolctl").threadpool_limits(threads, user_api="openmp"):
         classifier.fit(inputs, labels)
     return classifier
@@ -213,51 +214,27 @@ def _export(classifier: Any, pipeline: Pipeline) -> tuple[bytes, list[tuple[int,
     """The graph, and (column, threshold) of each of its splits.
 
     `vectors` float32 (n, width) in; `label` and `probabilities` (n, 2) out, of which the last column is
-    the score. A float32 x is <= t exactly where it is <= _below(t). (skl2onnx 1.20 rounds t to the nearest
-    float32, so that values between the two go the other way, and cannot run beside protobuf 7.)
+    the score. The thresholds are float32 in the graph, and skl2onnx takes the nearest one, so that values
+    between the two would go the other way: therefore each is lowered in the trees first, to the largest
+    float32 that sends every float32 value its trained way.
     """
-    onnx = _extra("onnx")
-    helper, types = onnx.helper, onnx.TensorProto
-    trees = [tree.nodes for (tree,) in classifier._predictors]
-    nodes = np.concatenate(trees)
-    tree = np.repeat(np.arange(len(trees)), [len(t) for t in trees])
-    node = np.concatenate([np.arange(len(t)) for t in trees])
-    leaf = nodes["is_leaf"].astype(bool)
-    thresholds = _below(nodes["num_threshold"])
-    ensemble = helper.make_node(
-        "TreeEnsembleClassifier",
-        ["vectors"],
-        ["label", "probabilities"],
-        domain="ai.onnx.ml",
-        nodes_treeids=tree.tolist(),
-        nodes_nodeids=node.tolist(),
-        nodes_modes=np.where(leaf, "LEAF", "BRANCH_LEQ").tolist(),
-        nodes_featureids=np.where(leaf, 0, nodes["feature_idx"]).tolist(),
-        nodes_values=np.where(leaf, 0, thresholds).tolist(),
-        nodes_truenodeids=np.where(leaf, 0, nodes["left"]).tolist(),
-        nodes_falsenodeids=np.where(leaf, 0, nodes["right"]).tolist(),
-        nodes_missing_value_tracks_true=np.where(leaf, 0, nodes["missing_go_to_left"]).tolist(),
-        class_treeids=tree[leaf].tolist(),
-        class_nodeids=node[leaf].tolist(),
-        class_ids=[0] * int(leaf.sum()),  # one sum, of label 1: LOGISTIC makes both probabilities of it
-        class_weights=nodes["value"][leaf].tolist(),
-        base_values=classifier._baseline_prediction.ravel().tolist(),
-        classlabels_int64s=[0, 1],
-        post_transform="LOGISTIC",
+    skl2onnx = _extra("skl2onnx")
+    floats = _extra("skl2onnx.common.data_types").FloatTensorType([None, len(pipeline.vector)])
+    classifier, splits = copy.deepcopy(classifier), []  # the check compares with what was trained
+    for (tree,) in classifier._predictors:
+        nodes = tree.nodes
+        nodes["num_threshold"] = _below(nodes["num_threshold"])
+        inner = nodes[~nodes["is_leaf"].astype(bool)]
+        thresholds = inner["num_threshold"].astype(np.float32)
+        splits += list(zip(inner["feature_idx"].tolist(), thresholds, strict=True))
+    model = skl2onnx.to_onnx(
+        classifier, initial_types=[("vectors", floats)], options={"zipmap": False}, target_opset=OPSETS
     )
-    graph = helper.make_graph(
-        [ensemble],
-        pipeline.name,
-        [helper.make_tensor_value_info("vectors", types.FLOAT, [None, len(pipeline.vector)])],
-        [
-            helper.make_tensor_value_info("label", types.INT64, [None]),
-            helper.make_tensor_value_info("probabilities", types.FLOAT, [None, 2]),
-        ],
-    )
-    opsets = [helper.make_opsetid(domain, version) for domain, version in OPSETS.items()]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="headrace")
-    onnx.checker.check_model(model, full_check=True)
-    splits = list(zip(nodes["feature_idx"][~leaf].tolist(), thresholds[~leaf], strict=True))
+    for opset in model.opset_import:  # skl2onnx writes the oldest that would do
+        opset.version = OPSETS[opset.domain]
+    model.ir_version = IR_VERSION
+    model.graph.name = pipeline.name
+    _extra("onnx").checker.check_model(model, full_check=True)
     return model.SerializeToString(deterministic=True), splits
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from models.events import Batch, Decoded, key_bytes
 from models.partitions import partitions_of
@@ -35,6 +36,7 @@ class Record(Protocol):
     def value(self) -> bytes | None: ...
 
 
+Mask = npt.NDArray[np.bool_]
 Polled = Sequence[tuple[int, Sequence[Record]]]  # records by partition, each in offset order
 # Values, keys and times of sending (ms) to columns: models.events or models.records.
 Decode = Callable[[list[bytes], list[bytes | None], Ints], Decoded]
@@ -161,9 +163,53 @@ class Profiles:
     def apply(self, polled: Polled) -> Applied:
         """Fold what was polled. Records before the position, or seen before, change nothing."""
         # 1. accept what comes next in each partition
+        records, logs = self._accept(polled)
+        offsets = np.array([r.offset for r in records], np.int64)
+        # 2. bytes to columns
+        batch, kept, rejected = self._decode(
+            [r.value or b"" for r in records],
+            [r.key for r in records],
+            np.array([r.timestamp for r in records], np.int64),
+        )
+        rejects = [(int(logs[r.index]), records[r.index], r.reason) for r in rejected]
+        logs, offsets = logs[kept], offsets[kept]
+        # 3. drop what was seen, in each partition's order, and find profiles
+        if batch.sources is not None and batch.offsets is not None:
+            news = fresh(logs, batch.sources, batch.offsets, self._seen)
+            if not news.all():
+                self.counts["seen"] += int((~news).sum())
+                index = np.flatnonzero(news)
+                batch, logs, offsets = batch.take(index), logs[index], offsets[index]
+        slots = self._slots_of(batch.keys, logs)
+        if self._partition_of is not None:
+            at_home = self._at_home(slots, logs)
+            if not at_home.all():
+                away = np.flatnonzero(~at_home).tolist()
+                rejects += [self._misplaced(batch.keys[i], logs[i], records[kept[i]]) for i in away]
+                index = np.flatnonzero(at_home)
+                batch, slots, logs, offsets = batch.take(index), slots[index], logs[index], offsets[index]
+        # 4. take partitions in step, and fold
+        order = in_step(logs, batch.clocks)
+        if order is not None:
+            batch, slots, logs, offsets = batch.take(order), slots[order], logs[order], offsets[order]
+        values = np.ascontiguousarray(batch.fields[:, self._value_columns])
+        features, outcomes = self._arena.fold(
+            slots, batch.kinds, batch.times, batch.ids, values, batch.labels
+        )
+        # 5. remember what flush, mirror and metrics have to tell
+        keyed = slots >= 0
+        self._dirty[slots[keyed]] = self._stale[slots[keyed]] = True
+        self._offset[slots[keyed]] = offsets[keyed]
+        for code, count in enumerate(np.bincount(outcomes, minlength=len(OUTCOMES)).tolist()):
+            self.counts[OUTCOMES[code]] += count
+        self.counts["rejected"] += len(rejects)
+        return Applied(batch, logs, offsets, features, outcomes, rejects)
+
+    def _accept(self, polled: Polled) -> tuple[list[Record], Ints]:
+        """What was polled from the positions on, which move behind it, and the partition of each record."""
         records: list[Record] = []
-        lengths: list[int] = []
         owners: list[int] = []
+        lengths: list[int] = []
         for partition, fetched in polled:
             position = self._positions.get(partition)
             if position is None:
@@ -173,57 +219,11 @@ class Profiles:
             if not found:
                 continue
             records.extend(found)
-            lengths.append(len(found))
             owners.append(partition)
+            lengths.append(len(found))
             self._positions[partition] = found[-1].offset + 1
             self._moved.add(partition)
-        logs = np.repeat(np.array(owners, np.int64), lengths)
-        offsets = np.array([r.offset for r in records], np.int64)
-
-        # 2. bytes to columns
-        batch, kept, rejected = self._decode(
-            [r.value or b"" for r in records],
-            [r.key for r in records],
-            np.array([r.timestamp for r in records], np.int64),
-        )
-        if len(kept) < len(records):
-            logs, offsets, kept_records = logs[kept], offsets[kept], [records[i] for i in kept.tolist()]
-        else:
-            kept_records = records
-        rejects = [(_owner(owners, lengths, r.index), records[r.index], r.reason) for r in rejected]
-
-        # 3. drop what was seen, in each partition's order; then take partitions in step
-        if batch.sources is not None and batch.offsets is not None:
-            news = fresh(logs, batch.sources, batch.offsets, self._seen)
-            if not news.all():
-                self.counts["seen"] += int((~news).sum())
-                index = np.flatnonzero(news)
-                batch, logs, offsets = batch.take(index), logs[index], offsets[index]
-        slots = self._slots_of(batch.keys, logs)
-        if self._partition_of is not None:
-            slots, batch, logs, offsets = self._refuse_misplaced(
-                slots, batch, logs, offsets, kept_records, rejects
-            )
-        order = in_step(logs, batch.clocks)
-        if order is not None:
-            batch, slots, logs, offsets = batch.take(order), slots[order], logs[order], offsets[order]
-
-        # 4. fold
-        features, outcomes = self._arena.fold(
-            slots,
-            batch.kinds,
-            batch.times,
-            batch.ids,
-            np.ascontiguousarray(batch.fields[:, self._value_columns]),
-            batch.labels,
-        )
-        keyed = slots[slots >= 0]
-        self._dirty[keyed] = self._stale[keyed] = True
-        self._offset[keyed] = offsets[slots >= 0]
-        for code, count in enumerate(np.bincount(outcomes, minlength=len(OUTCOMES)).tolist()):
-            self.counts[OUTCOMES[code]] += count
-        self.counts["rejected"] += len(rejects)
-        return Applied(batch, logs, offsets, features, outcomes, rejects)
+        return records, np.repeat(np.array(owners, np.int64), lengths)
 
     def _slots_of(self, keys: list[Any], logs: Ints) -> Ints:
         get = self._slots.get
@@ -255,24 +255,19 @@ class Profiles:
         self._dirty = np.concatenate([self._dirty, np.zeros(more, np.bool_)])
         self._stale = np.concatenate([self._stale, np.zeros(more, np.bool_)])
 
-    def _refuse_misplaced(
-        self, slots: Ints, batch: Batch, logs: Ints, offsets: Ints, records: list[Record],
-        rejects: list[tuple[int, Record, str]],
-    ) -> tuple[Ints, Batch, Ints, Ints]:  # fmt: skip
-        """An entity has one log partition: what is keyed otherwise would split its profile."""
+    def _at_home(self, slots: Ints, logs: Ints) -> Mask:
+        """An entity has one log partition: what comes in another one would split its profile."""
+        home: Mask = (slots != _MISPLACED) & ((slots < 0) | (self._partition[slots] == logs))
+        return home
+
+    def _misplaced(self, key: Any, log: int, record: Record) -> tuple[int, Record, str]:
         assert self._partition_of is not None
-        misplaced = (slots == _MISPLACED) | ((slots >= 0) & (self._partition[slots] != logs))
-        if not misplaced.any():
-            return slots, batch, logs, offsets
-        for i in np.flatnonzero(misplaced).tolist():
-            key = key_bytes(batch.keys[i])
-            reason = (
-                f"{self.entity.key} {key.decode()} belongs in partition {self._partition_of(key)}, not "
-                f"{int(logs[i])}; publish it with the record key {key.decode()}"
-            )
-            rejects.append((int(logs[i]), records[i], reason))
-        index = np.flatnonzero(~misplaced)
-        return slots[index], batch.take(index), logs[index], offsets[index]
+        name = key_bytes(key)
+        reason = (
+            f"{self.entity.key} {name.decode()} belongs in partition {self._partition_of(name)}, not {log}; "
+            f"publish it with the record key {name.decode()}"
+        )
+        return int(log), record, reason
 
     # --- what others take ----------------------------------------------------------------------
 
@@ -321,11 +316,3 @@ class Profiles:
         for slot, key in zip(touched.slots.tolist(), touched.keys, strict=True):
             if self._partition[slot] >= 0 and key_bytes(self._keys[slot]) == key:
                 self._stale[slot] = True
-
-
-def _owner(owners: list[int], lengths: list[int], index: int) -> int:
-    for owner, length in zip(owners, lengths, strict=True):
-        if index < length:
-            return owner
-        index -= length
-    raise IndexError(index)

@@ -131,7 +131,9 @@ async def test_what_was_polled_before_partitions_changed_hands_is_dropped(
     outbox = Full(None, lambda: 0, lambda error: None)
 
     async def collect(stream: Any) -> None:
-        async for poll in faust_batches.polls(stream, app, outbox):  # it has no end, so nothing is collected from it
+        async for poll in faust_batches.polls(
+            stream, app, outbox
+        ):  # it has no end, so nothing is collected from it
             given.append(len(poll))  # noqa: PERF401
 
     app.agent(app.topic(topic), name="collect")(collect)

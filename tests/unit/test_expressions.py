@@ -24,6 +24,7 @@ ROWS = [
         (0.0, -7.0, 1e300, 1_600_000_000_000.0),
         (math.nan, 2.0, math.nan, math.nan),
         (-2.75, 0.0, 0.1, 1_382_659_199_999.0),
+        (2.0, 2.0, 2.0, 2.0),
     ]
 ]
 COLUMNS = {name: np.array([row[name] for row in ROWS]) for name in "ABCT"}
@@ -133,6 +134,14 @@ def test_a_transform_is_the_same_expression_row_by_row(tree: Tree) -> None:
 def test_numbers_are_float64_at_each_step(text: str, expected: float) -> None:
     """A boolean adds up, a power may be negative, nothing overflows."""
     assert value(text, A=1.5, B=3.0, T=1_600_000_800_000.0) == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("op", "truths"),
+    [("<", "100"), ("<=", "110"), (">", "001"), (">=", "011"), ("==", "010"), ("!=", "101")],
+)
+def test_comparisons_at_their_edges(op: str, truths: str) -> None:
+    assert [value(f"A {op} 2", A=a) for a in (1.0, 2.0, 3.0)] == [float(t) for t in truths]
 
 
 def test_what_is_absent_is_nan_and_compares_as_false() -> None:

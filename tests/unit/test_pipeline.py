@@ -133,7 +133,12 @@ MALFORMED = {
     "scale of ten": Bad("scale: 2", "scale: 10", 11, "streams.orders.fields.AMOUNT.scale", "10 is not between 0 and 9"),
     "scale below zero": Bad("scale: 2", "scale: -1", 11, "streams.orders.fields.AMOUNT.scale", "-1 is not between 0 and 9"),
     "scale is a text": Bad("scale: 2", "scale: two", 11, "streams.orders.fields.AMOUNT.scale", "Expected `int`, got `str`", True),
+    "stream named as predictions": Bad("  orders:", "  predictions:", 2, "streams", "the topic shop.predictions has another use"),
+    "stream in the dead letters": Bad(ID, ID + "    topic: shop.dead-letters\n", 2, "streams", "the topic shop.dead-letters has another use"),
+    "stream in another log": Bad(ID, ID + "    topic: shop.shop.log\n", 2, "streams", "the topic shop.shop.log has another use"),
     # labels
+    "labels in the stream": Bad("  known: KNOWN", "  known: KNOWN\n  topic: shop.orders", 14, "labels", "the topic shop.orders has another use"),
+    "stream named as labels": Bad("  orders:", "  labels:", 14, "labels", "the topic shop.labels has another use; write topic:"),
     "label is a field": Bad("field: RETURNED", "field: ITEMS", 15, "labels.field", "ITEMS is a field of the stream; an event"),
     "known is a field": Bad("known: KNOWN", "known: AT", 16, "labels.known", "AT is a field of the stream; an event"),
     "label's name": Bad("field: RETURNED", "field: is returned", 15, "labels.field", "letters, digits and '_'"),

@@ -222,3 +222,26 @@ def test_a_damaged_graph_is_refused(tmp_path: Path) -> None:
     (where / "model.onnx").write_bytes(b"\x00" * 100)
     with pytest.raises(ModelError, match="no graph that can be loaded"):
         model_folder.load(tmp_path, SHOP)
+
+
+# --- cards that do not fit their graph ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"golden": [], "golden_scores": []}, "has no golden vectors with a score each"),
+        ({"golden_scores": [0.5]}, "has no golden vectors with a score each"),
+        ({"golden": [[1.0], [2.0]]}, "golden vectors of another width"),
+        ({"golden": [GOLDEN[0], GOLDEN[1][:1]]}, "golden vectors of another width"),
+        ({"pipeline": "another"}, "is of the pipeline another"),
+    ],
+)
+def test_a_card_that_does_not_fit_is_refused_in_a_sentence(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        Model(graph(), card(**changes), SHOP)
+
+
+def test_a_score_that_is_no_number_takes_no_decision() -> None:
+    model = Model(graph(), card(), SHOP)
+    assert model.decide(np.array([np.nan], np.float32)) == [model.card.otherwise]

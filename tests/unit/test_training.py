@@ -527,7 +527,7 @@ def test_evaluate_is_scikit_learn_s(rows: list[tuple[int, int]]) -> None:
 # --- the extra ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["sklearn.ensemble", "threadpoolctl", "onnx"])
+@pytest.mark.parametrize("module", ["sklearn.ensemble", "threadpoolctl", "onnx", "skl2onnx"])
 def test_without_the_extra_one_sentence(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ModelError, match=r"Training needs .* pip install 'headrace\[train\]'"):
@@ -538,6 +538,6 @@ def test_evaluation_needs_nothing_of_the_extra() -> None:
     code = (
         "import sys; from models import training; import numpy as np;"
         "training.evaluate(np.array([0, 1], np.int8), np.array([0.1, 0.2]));"
-        "sys.exit(bool({'sklearn', 'onnx', 'threadpoolctl'} & set(sys.modules)))"
+        "sys.exit(bool({'sklearn', 'onnx', 'skl2onnx', 'threadpoolctl'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=PIPELINES.parents[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -173,6 +174,15 @@ def test_a_label_flips_and_becomes_unknown_again() -> None:
     assert outcomes[1::2] == ["labelled"] * 4
 
 
+def test_of_events_of_one_time_the_label_finds_its_own() -> None:
+    ties = [Entry(0, 100, id) for id in (1, 2, 3)]
+    for id in (1, 2, 3):
+        _, outcomes, worker = fold(RISK, *ties, label(0, 100, id, POSITIVE))
+        assert outcomes[-1] == "labelled"
+        rows = np.frombuffer(worker.arena.pack(worker.all_slots()[:1])[0], "<i8")[3:].reshape(3, 2)
+        assert {int(row[1]): int(row[0] % 4) for row in rows} == {1: 0, 2: 0, 3: 0} | {id: POSITIVE}
+
+
 def test_a_label_waits_for_its_event_even_across_a_restart() -> None:
     worker = Worker(plan(RISK, 0, 0))
     _, outcomes = worker.fold([label(0, 100, 1, NEGATIVE), label(0, 100, 1, POSITIVE), Entry(0, 99, 2)])
@@ -221,6 +231,14 @@ def test_absent_values_are_in_no_sum_and_no_mean() -> None:
     # a profile of which nothing is known has counts and sums of nothing, and no mean
     nobody = worker.arena.read_at(np.array([worker.arena.new()]), np.array([5]))[0]
     assert bits(nobody) == bits([0.0, math.nan, math.nan, 0.0])
+
+
+def test_a_value_of_zero_is_not_absent() -> None:
+    history = [Entry(0, 1, 1, (0,)), Entry(0, 2, 2, (None,)), Entry(0, 3, 3, (0,))]
+    features, _, worker = fold([Aggregate(MEAN, HOUR)], *history, columns=1)
+    assert features == [[0.0]] * 3
+    worker.restart()
+    assert worker.fold([Entry(0, 4, 4, (3,))])[0].tolist() == [[1.0]]
 
 
 def test_sums_above_the_integers_of_float64_are_rounded_once() -> None:
@@ -292,6 +310,24 @@ def test_what_is_freed_is_used_again() -> None:
         worker.slot(0)
     assert worker.arena.nbytes == before
     assert worker.slots == {0: 0}
+
+
+def test_what_was_outgrown_is_used_again() -> None:
+    """Sixty profiles of 20 rows, then of 20 waiting labels, in chunks of 32: those of 4, 8 and 16 are shared."""
+    for entries in ([Entry(0, i, i) for i in range(20)], [label(0, i, i, POSITIVE) for i in range(20)]):
+        worker = Worker(plan([Aggregate(COUNT, 1000)], 0, 0))
+        for profile in range(60):
+            worker.fold([replace(e, profile=profile) for e in entries])
+        assert worker.arena.nbytes == Arena(worker.plan, 2048).nbytes
+
+
+def test_what_did_not_fit_is_used_again() -> None:
+    """20 rows find a chunk of 32, 9 waiting labels none of 16: the arena grows once, and wastes nothing."""
+    history = [label(0, 5000 + i, i, POSITIVE) for i in range(9)] + [Entry(0, i, i) for i in range(20)]
+    _, _, worker = fold(RISK, *history, lateness=10_000)
+    arena = Arena(worker.plan, 32)
+    arena.unpack(worker.arena.pack(np.zeros(1, np.int64))[0])
+    assert arena.nbytes == Arena(worker.plan, 64).nbytes
 
 
 def test_a_freed_slot_comes_back_empty() -> None:
