@@ -425,7 +425,9 @@ class _Compiler:
         for topic in uses:
             if uses.count(topic) > 1:
                 at = "labels" if topic in labels else "streams"
-                raise self.fail((at,), f"the topic {topic} has another use; write topic: with a name of its own.")
+                raise self.fail(
+                    (at,), f"the topic {topic} has another use; write topic: with a name of its own."
+                )
 
     def transforms(self, spec: PipelineSpec, stream: Stream) -> dict[str, expressions.Expression]:
         types = {name: field.type for name, field in stream.fields.items()}

@@ -135,7 +135,6 @@ MALFORMED = {
     "scale is a text": Bad("scale: 2", "scale: two", 11, "streams.orders.fields.AMOUNT.scale", "Expected `int`, got `str`", True),
     "stream named as predictions": Bad("  orders:", "  predictions:", 2, "streams", "the topic shop.predictions has another use"),
     "stream in the dead letters": Bad(ID, ID + "    topic: shop.dead-letters\n", 2, "streams", "the topic shop.dead-letters has another use"),
-    "stream in another log": Bad(ID, ID + "    topic: shop.shop.log\n", 2, "streams", "the topic shop.shop.log has another use"),
     # labels
     "labels in the stream": Bad("  known: KNOWN", "  known: KNOWN\n  topic: shop.orders", 14, "labels", "the topic shop.orders has another use"),
     "stream named as labels": Bad("  orders:", "  labels:", 14, "labels", "the topic shop.labels has another use; write topic:"),

@@ -100,6 +100,14 @@ def test_labels_go_in_and_out() -> None:
     assert out.sources.tolist() == source(np.full(3, FROM_LABELS), np.array([0, 3, 3])).tolist()
 
 
+def test_records_are_taken_with_their_origin() -> None:
+    labels = LabelBatch(np.arange(3), np.arange(3), np.zeros(3, np.int8), np.arange(3), {"SHOP": [None] * 3})
+    batch, _, _ = CODEC.decode(CODEC.encode_labels(labels, np.arange(3), np.array([7, 8, 9])), [None] * 3)
+    taken = batch.take(np.array([2, 0]))
+    assert taken.sources is not None and taken.offsets is not None
+    assert (taken.sources.tolist(), taken.offsets.tolist()) == ([5, 1], [9, 7])
+
+
 def test_each_writer_s_partition_is_a_source_of_its_own() -> None:
     writers, partitions = np.array([FROM_STAGE, FROM_LABELS] * 50), np.repeat(np.arange(50), 2)
     assert sorted(source(writers, partitions).tolist()) == list(range(100))
