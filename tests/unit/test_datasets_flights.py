@@ -1,5 +1,6 @@
 """The flights file against the package's own clock times, which the code does not read, on all rows."""
 
+import sys
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -206,3 +207,9 @@ def test_without_the_package_the_error_says_what_to_install(
     with pytest.raises(flights.FlightsMissing, match=r"headrace\[data\]"):
         flights.write_flights(tmp_path / "flights.parquet")
     assert not list(tmp_path.iterdir())
+
+
+def test_without_pandas_the_error_is_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(flights.FlightsMissing, match=r"headrace\[data\]"):
+        flights.write_flights(tmp_path / "flights.parquet")
