@@ -16,7 +16,7 @@ from tables.profiles import Profiles
 log = logging.getLogger(__name__)
 
 EVERY_S = 0.05  # how old the mirror may be when there is time for it
-SHARE = 0.1  # of the worker's time that mirroring takes at most: under load it gathers instead
+SHARE = 0.05  # of the worker's time that mirroring takes at most: under load it gathers instead
 RETRY_S = 1.0
 
 

@@ -46,14 +46,13 @@ class Score:
         if applied.rejects:
             self._reject(self._log, applied)
         # 2. score events, no event twice, and none whose prediction is out already
-        wanted = (applied.batch.kinds == EVENT) & (applied.outcomes != DUPLICATE)
+        on = (applied.batch.kinds == EVENT) & (applied.outcomes != DUPLICATE)
         if self.emitted:
             reached = np.array([self.emitted.get(p, -1) for p in applied.logs.tolist()], np.int64)
-            wanted &= applied.offsets > reached
-        on = np.flatnonzero(wanted)
-        if not len(on):
+            on &= applied.offsets > reached
+        if not on.any():
             return
-        events = applied.batch.take(on)
+        events = applied.batch.where(on)
         logs, outcomes = applied.logs[on], applied.outcomes[on]
         features = np.hstack([events.features, applied.features[on]])
         vectors = self._vectors.of(events.fields, features)
@@ -67,4 +66,4 @@ class Score:
         # 3. predictions go to the partition of the log's number, so one number drops all doubles
         keys = [str(i).encode() for i in ids]
         self._outbox.put_many(self._topic, logs.tolist(), keys, values)
-        self.predicted += len(on)
+        self.predicted += len(events)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, Callable
 
-import numpy as np
-
 from agents.outbox import Outbox
 from models.partitions import partitions_of
 from models.pipeline import Pipeline
@@ -50,10 +48,10 @@ class Stage:
         if applied.rejects:
             self._reject(self._log, applied)
         # 2. hand on events, not labels, and no event twice
-        on = np.flatnonzero((applied.batch.kinds == EVENT) & (applied.outcomes != DUPLICATE))
-        if not len(on):
+        on = (applied.batch.kinds == EVENT) & (applied.outcomes != DUPLICATE)
+        if not on.any():
             return
-        events = applied.batch.take(on)
+        events = applied.batch.where(on)
         keys = self._keys(events)
         values = self._codec.encode(events, applied.features[on], applied.logs[on], applied.offsets[on])
         targets = partitions_of(keys, events.ids, self._partitions).tolist()

@@ -64,6 +64,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.kinds)
 
+    def where(self, mask: npt.NDArray[np.bool_]) -> Batch:
+        """The records that a mask (n,) keeps: this batch itself where it keeps all."""
+        return self if mask.all() else self.take(np.flatnonzero(mask))
+
     def take(self, index: Ints) -> Batch:
         """These records, in this order. index: (m,) int64."""
         picks = index.tolist()
@@ -179,10 +183,7 @@ class EventDecoder:
             keys=[getattr(e, self.key) for e in events],
             payloads=[values[i] for i in kept.tolist()],
         )
-        if valid.all():
-            return batch, kept, rejects
-        index = np.flatnonzero(valid)
-        return batch.take(index), kept[index], rejects
+        return batch.where(valid), kept[valid], rejects
 
 
 @dataclass

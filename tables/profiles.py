@@ -17,7 +17,7 @@ from models.events import Batch, Decoded, key_bytes
 from models.partitions import partitions_of
 from models.pipeline import Entity
 from models.records import fresh, in_step
-from models.windows import NULL, OUTCOMES, Arena, Bytes, Floats, Ints
+from models.windows import LABEL_EARLY, NULL, OUTCOMES, Arena, Bytes, Floats, Ints
 from tables.store import Snapshot, Store
 
 _NO_SLOT, _ABSENT, _MISPLACED = -1, -2, -3  # no key; not in memory; in another partition's log
@@ -178,16 +178,15 @@ class Profiles:
             news = fresh(logs, batch.sources, batch.offsets, self._seen)
             if not news.all():
                 self.counts["seen"] += int((~news).sum())
-                index = np.flatnonzero(news)
-                batch, logs, offsets = batch.take(index), logs[index], offsets[index]
+                batch, logs, offsets = batch.where(news), logs[news], offsets[news]
         slots = self._slots_of(batch.keys, logs)
         if self._partition_of is not None:
             at_home = self._at_home(slots, logs)
             if not at_home.all():
                 away = np.flatnonzero(~at_home).tolist()
                 rejects += [self._misplaced(batch.keys[i], logs[i], records[kept[i]]) for i in away]
-                index = np.flatnonzero(at_home)
-                batch, slots, logs, offsets = batch.take(index), slots[index], logs[index], offsets[index]
+                batch, slots = batch.where(at_home), slots[at_home]
+                logs, offsets = logs[at_home], offsets[at_home]
         # 4. take partitions in step, and fold
         order = in_step(logs, batch.clocks)
         if order is not None:
@@ -198,8 +197,10 @@ class Profiles:
         )
         # 5. remember what flush, mirror and metrics have to tell
         keyed = slots >= 0
-        self._dirty[slots[keyed]] = self._stale[slots[keyed]] = True
+        self._dirty[slots[keyed]] = True
         self._offset[slots[keyed]] = offsets[keyed]
+        changed = keyed & (outcomes != LABEL_EARLY)  # a label that waits for its event changes no value
+        self._stale[slots[changed]] = True
         for code, count in enumerate(np.bincount(outcomes, minlength=len(OUTCOMES)).tolist()):
             self.counts[OUTCOMES[code]] += count
         self.counts["rejected"] += len(rejects)
