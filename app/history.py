@@ -156,7 +156,7 @@ def _integers(table: pa.Table, field: Field, path: Path) -> Ints:
     if not valid.all():
         row = int(np.flatnonzero(~valid)[0])
         raise FileWrong(
-            f"{path}: {field.name} of row {row}, {floats[row]!r}, has more decimals than its scale."
+            f"{path}: {field.name} of row {row}, {float(floats[row])!r}, has more decimals than its scale."
         )
     return units
 
