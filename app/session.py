@@ -41,7 +41,11 @@ class ProcessFailed(HeadraceError):
 
 @contextlib.contextmanager
 def running_services(settings: Settings, report: Callable[[str, str], None]) -> Iterator[services.Addresses]:
-    """Kafka and Redis for as long as the run takes. Those that ran before go on."""
+    """Kafka and Redis for as long as the run takes. Those that ran before go on.
+
+    From here on SIGTERM is as good as Ctrl-C: both end what the run has started.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     before = {s.name for s in services.status(settings) if s.state in ("running", "configured")}
     wanted = ("kafka", "redis")
     try:

@@ -17,7 +17,7 @@ from app.local.ports import reserve
 from app.local.process import Launch, Running, Server
 from app.settings import Settings, variable
 
-LOCK_WITHIN = 660.0  # seconds; longer than the slowest `up`, which fetches 44 MB
+LOCK_WITHIN = 660.0  # seconds; longer than the slowest `up`, which fetches 54 MB
 STOP_WITHIN = 20.0  # seconds to end in good order
 
 Progress = Callable[[str, str], None]

@@ -65,7 +65,8 @@ def test_nothing_lost_nothing_doubled_features_equal(tmp_path: Path, pipeline: s
 
 
 @pytest.mark.timeout(240)
-def test_ctrl_c_stops_everything(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_everything(tmp_path: Path, number: signal.Signals) -> None:
     process = demo(tmp_path, "--json")
     try:
         deadline = time.monotonic() + 180
@@ -74,7 +75,7 @@ def test_ctrl_c_stops_everything(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert len(left_running(tmp_path)) >= 4  # itself, Kafka, Valkey, the worker
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
