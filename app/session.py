@@ -56,7 +56,12 @@ def running_services(settings: Settings, report: Callable[[str, str], None]) -> 
 
 async def fresh(settings: Settings, pipeline: Pipeline, addresses: services.Addresses) -> None:
     """Make an instance anew: its topics, stores and mirror hold nothing. Only for names made for it."""
-    assert pipeline.instance != pipeline.name, "a run must not clear what the pipeline itself has gathered"
+    shared = [t for t in kafka.wanted_topics(pipeline) if not t.startswith(f"{pipeline.instance}.")]
+    if shared or pipeline.instance == pipeline.name:
+        raise HeadraceError(
+            f"A run of its own would clear {', '.join(shared) or pipeline.name}, which is not its own; drop "
+            "'topic:' from the pipeline file."
+        )
     await kafka.delete_topics(addresses.kafka, pipeline)
     shutil.rmtree(settings.data_root / "profiles" / pipeline.instance, ignore_errors=True)
     mirror = Mirror(connect(addresses.redis_url), pipeline)
