@@ -35,21 +35,23 @@ class Outbox:
 
     def put(self, topic: str, partition: int, key: bytes | None, value: bytes) -> None:
         """Queue one record."""
-        target = self._targets.get((topic, partition))
-        if target is None:
-            target = self._targets[topic, partition] = _Target()
-        target.queue.append((key, value))
-        target.put += 1
-        self._waiting += 1
-        if target.sender is None:
-            target.sender = asyncio.create_task(self._send(topic, partition, target))
+        self.put_many(topic, (partition,), (key,), (value,))
 
     def put_many(
         self, topic: str, partitions: Sequence[int], keys: Iterable[bytes | None], values: Iterable[bytes]
     ) -> None:
         """Queue records in their order."""
+        queues = {partition: self._target(topic, partition).queue for partition in set(partitions)}
         for partition, key, value in zip(partitions, keys, values, strict=True):
-            self.put(topic, partition, key, value)
+            queues[partition].append((key, value))
+        self._waiting += len(partitions)
+        for partition in queues:
+            target = self._targets[topic, partition]
+            if target.sender is None:
+                target.sender = asyncio.create_task(self._send(topic, partition, target))
+
+    def _target(self, topic: str, partition: int) -> _Target:
+        return self._targets.setdefault((topic, partition), _Target())
 
     async def room(self) -> None:
         """Wait while too much waits to be sent."""
@@ -58,7 +60,7 @@ class Outbox:
 
     async def acknowledged(self) -> None:
         """Wait until all that was put before this call is acknowledged. Raises SendFailed."""
-        marks = [(target, target.put) for target in self._targets.values()]
+        marks = [(target, target.acknowledged + len(target.queue)) for target in self._targets.values()]
         for target, mark in marks:
             while target.acknowledged < mark:
                 await self._next_progress()
@@ -101,11 +103,11 @@ class Outbox:
 
 
 class _Target:
-    """One partition's queue, and how much was ever put to it and acknowledged."""
+    """One partition's queue of what is not acknowledged, and how much ever was."""
 
-    __slots__ = ("acknowledged", "put", "queue", "sender")
+    __slots__ = ("acknowledged", "queue", "sender")
 
     def __init__(self) -> None:
         self.queue: list[tuple[bytes | None, bytes]] = []
-        self.put = self.acknowledged = 0
+        self.acknowledged = 0
         self.sender: asyncio.Task[None] | None = None

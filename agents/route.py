@@ -62,6 +62,7 @@ class Route:
         """A label whose event has no such key has no profile to go to."""
         keys = [None if k is None else key_bytes(k) for k in entity_keys]
         targets = partitions_of(keys, labels.ids, self._partitions).tolist()
-        keyed = [(p, k, v) for p, k, v in zip(targets, keys, values, strict=True) if k is not None]
-        for target, key, value in keyed:
-            self._outbox.put(log, target, key, value)
+        keyed = [i for i, key in enumerate(keys) if key is not None]
+        self._outbox.put_many(
+            log, [targets[i] for i in keyed], [keys[i] for i in keyed], [values[i] for i in keyed]
+        )

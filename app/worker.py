@@ -41,7 +41,7 @@ from tables.mirror import Mirror, connect
 from tables.profiles import Applied, Profiles, Record
 from tables.store import Store
 
-POLL_RECORDS = 2000  # in one micro-batch at most: some 20 ms of work
+POLL_RECORDS = 4000  # of all topics in one poll at most: some 40 ms of work
 QUEUED_POLLS = 2  # decoded work never waits long behind a rebalance
 SESSION_S = 10.0
 STOP_S = 30.0
