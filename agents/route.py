@@ -6,7 +6,7 @@ router keeps no state: what it sends again after a crash, the stages have seen a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Callable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -21,9 +21,11 @@ RejectRecord = Callable[[str, int, Record, str], None]  # topic, partition, reco
 
 
 class Route:
-    """partitions: of each log. `positions` holds the next offset of each label partition."""
+    """partitions: by topic. `positions` holds the next offset of each label partition."""
 
-    def __init__(self, pipeline: Pipeline, outbox: Outbox, reject: RejectRecord, partitions: int) -> None:
+    def __init__(
+        self, pipeline: Pipeline, outbox: Outbox, reject: RejectRecord, partitions: dict[str, int]
+    ) -> None:
         assert pipeline.labels is not None
         self._topic = pipeline.labels.topic
         self._decode = LabelDecoder(pipeline).decode
@@ -36,12 +38,8 @@ class Route:
         self.positions: dict[int, int] = {}
         self.routed = 0
 
-    async def run(self, polls: AsyncIterable[Polled]) -> None:
-        """Handle micro-batches for as long as they come."""
-        async for polled in polls:
-            self.handle(polled)
-
     def handle(self, polled: Polled) -> None:
+        """Take one micro-batch all the way."""
         held = [
             (partition, records) for partition, records in polled if records and partition in self.positions
         ]
@@ -61,7 +59,7 @@ class Route:
     def _send(self, log: str, entity_keys: list[Key], labels: LabelBatch, values: list[bytes]) -> None:
         """A label whose event has no such key has no profile to go to."""
         keys = [None if k is None else key_bytes(k) for k in entity_keys]
-        targets = partitions_of(keys, labels.ids, self._partitions).tolist()
+        targets = partitions_of(keys, labels.ids, self._partitions[log]).tolist()
         keyed = [i for i, key in enumerate(keys) if key is not None]
         self._outbox.put_many(
             log, [targets[i] for i in keyed], [keys[i] for i in keyed], [values[i] for i in keyed]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Callable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -35,12 +35,8 @@ class Score:
         self.emitted: dict[int, int] = {}
         self.predicted = 0
 
-    async def run(self, polls: AsyncIterable[Polled]) -> None:
-        """Handle micro-batches for as long as they come."""
-        async for polled in polls:
-            self.handle(polled)
-
     def handle(self, polled: Polled) -> None:
+        """Take one micro-batch all the way."""
         # 1. fold
         applied = self._profiles.apply(polled)
         if applied.rejects:

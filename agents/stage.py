@@ -6,7 +6,7 @@ partitions; it goes through the fold as one, and is split again only to be sent.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Callable
+from collections.abc import Callable
 
 from agents.outbox import Outbox
 from models.partitions import partitions_of
@@ -37,12 +37,8 @@ class Stage:
         self._partitions = partitions
         self._profiles, self._outbox, self._reject = profiles, outbox, reject
 
-    async def run(self, polls: AsyncIterable[Polled]) -> None:
-        """Handle micro-batches for as long as they come."""
-        async for polled in polls:
-            self.handle(polled)
-
     def handle(self, polled: Polled) -> None:
+        """Take one micro-batch all the way. Nothing in it waits, so nothing comes between its steps."""
         # 1. fold: what the log says of this entity, as of each event
         applied = self._profiles.apply(polled)
         if applied.rejects:

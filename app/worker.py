@@ -180,8 +180,7 @@ class Worker:
         self.outbox = Outbox(self._producer, _now_ms, stop_at_once)
         self.score = Score(pipeline, self.stages[-1], self.model, self.outbox, self._reject)
         if pipeline.labels is not None and any(e.labelled for e in pipeline.entities):
-            counts = {self._counts[e.log] for e in pipeline.entities if e.labelled}
-            self.route = Route(pipeline, self.outbox, self._reject_record, counts.pop())
+            self.route = Route(pipeline, self.outbox, self._reject_record, self._counts)
         self.flush = Flush(
             self.stages, self.route, self.outbox, self.partitions.committed,
             pipeline.labels.topic if pipeline.labels else None,
@@ -235,7 +234,9 @@ class Worker:
         async def run(stream: Any) -> None:
             await app.wired.wait()
             try:
-                await make().run(faust_batches.polls(stream, app, self.outbox))
+                handle = make().handle
+                async for polled in faust_batches.polls(stream, app, self.outbox):
+                    handle(polled)
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # an agent that fails must not acknowledge what it did not handle

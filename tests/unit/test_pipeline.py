@@ -301,13 +301,16 @@ CHANGES = {
     "a delay": ("delay: 1d", "delay: 2d"),
     "an aggregate": ("aggregate: mean", "aggregate: sum"),
     "an aggregate's field": ("of: ITEMS", "of: AMOUNT"),
+    "an aggregate's field of one kind": ("of: ITEMS", "of: CUSTOMER"),
     "a feature's name": ("CUSTOMER_NB", "N"),
+    "the name of one outside the vector": (", SHOP_ITEMS]", "]", "SHOP_ITEMS:", "N:"),
     "the order of features": (
         "      SHOP_ITEMS: {aggregate: mean, of: ITEMS, window: 1h}\n      SHOP_RISK: {aggregate: share, of: RETURNED, window: 2d, delay: 1d}\n",
         "      SHOP_RISK: {aggregate: share, of: RETURNED, window: 2d, delay: 1d}\n      SHOP_ITEMS: {aggregate: mean, of: ITEMS, window: 1h}\n",
     ),
     "an entity's name": ("  shop:\n", "  shops:\n"),
     "an entity's key": ("key: CUSTOMER", "key: ITEMS"),
+    "which entity has which key": ("key: SHOP", "key: ONE", "key: CUSTOMER", "key: SHOP", "key: ONE", "key: CUSTOMER"),
     "the lateness": ("lateness: 1h", "lateness: 2h"),
     "a transform": ("hour(AT) <= 6", "hour(AT) <= 5"),
     "a transform's name": ("  NIGHT: hour(AT) <= 6\n", "  NIGHT: hour(AT) <= 6\n  DARK: hour(AT) <= 6\n"),
@@ -321,6 +324,8 @@ CHANGES = {
     # The block of records between stages has the fields' order, and they carry the definition.
     "the order of numeric fields": ("      ID: int\n      AT: {type: timestamp, unit: ms}\n", "      AT: {type: timestamp, unit: ms}\n      ID: int\n"),
     "one more numeric field": ("labels:\n", "      WIDTH: float\nlabels:\n"),
+    "one more amount": ("labels:\n", "      FEE: {type: decimal, scale: 2}\nlabels:\n", "[AMOUNT,", "[FEE, AMOUNT,"),
+    "and its scale": ("labels:\n", "      FEE: {type: decimal, scale: 3}\nlabels:\n", "[AMOUNT,", "[FEE, AMOUNT,"),
 }  # fmt: skip
 SAME = {
     "a comment": ("lateness: 1h", "lateness: 1h # a comment"),
@@ -339,15 +344,18 @@ SAME = {
 }  # fmt: skip
 
 
-def changed(old: str, new: str) -> str:
-    """The definition with every occurrence replaced."""
-    assert old in SHOP
-    return pipeline.parse(SHOP.replace(old, new)).definition
+def changed(*pieces: str) -> str:
+    """The definition with pieces replaced wherever they stand: old, new, old, new."""
+    text = SHOP
+    for old, new in zip(pieces[::2], pieces[1::2], strict=True):
+        assert old in text
+        text = text.replace(old, new)
+    return pipeline.parse(text).definition
 
 
-@pytest.mark.parametrize(("old", "new"), CHANGES.values(), ids=CHANGES.keys())
-def test_the_definition_changes_with_what_decides_a_value(old: str, new: str) -> None:
-    assert changed(old, new) != shop().definition
+@pytest.mark.parametrize("pieces", CHANGES.values(), ids=CHANGES.keys())
+def test_the_definition_changes_with_what_decides_a_value(pieces: tuple[str, ...]) -> None:
+    assert changed(*pieces) != shop().definition
 
 
 @pytest.mark.parametrize(("old", "new"), SAME.values(), ids=SAME.keys())
@@ -365,5 +373,5 @@ def test_the_definition_holds_the_meaning_of_the_code(monkeypatch: pytest.Monkey
 
 def test_all_changes_differ_from_each_other() -> None:
     """No two definitions share a hash by leaving out where a value stands."""
-    hashes = [changed(old, new) for old, new in CHANGES.values()]
+    hashes = [changed(*pieces) for pieces in CHANGES.values()]
     assert len(set(hashes)) == len(hashes)

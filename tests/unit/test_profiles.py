@@ -342,6 +342,18 @@ def test_what_was_seen_is_dropped_and_counted_even_after_a_restart(tmp_path: Pat
     assert profiles.counts["seen"] == 6
 
 
+def test_what_was_seen_but_not_written_is_folded_again(tmp_path: Path) -> None:
+    """Let go without a flush, and taken again by the same process."""
+    codec, decoder = RecordCodec(SHOP, 1), EventDecoder(SHOP)
+    events, _, _ = decoder.decode([order(1, SHOP="north")], np.array([START * 2]))
+    (value,) = codec.encode(events, np.zeros((1, 2)), np.array([2]), np.array([10]))
+    p, profiles = partition_of(b"north", PARTITIONS), opened(shops(tmp_path))
+    for _ in range(2):
+        assert profiles.apply([(p, [Fetched(0, value, b"north")])]).offsets.tolist() == [0]
+        profiles.close(p)
+        profiles.start_at(p, profiles.open(p) or 0)
+
+
 # --- what is accepted --------------------------------------------------------------------------
 
 
@@ -410,20 +422,23 @@ def test_a_misplaced_key_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     profiles.snapshots()
     # keyed by something else: one whose profile is known, one whose is not, and between them a good one
     stranger = AT_HOME[2][1]
-    polled = [(0, [*orders(other, 2, first=1), *orders(mine, 2, first=2), *orders(stranger, 2, first=3)])]
-    applied = profiles.apply(polled)
-    assert [(p, r.offset, reason) for p, r, reason in applied.rejects] == [
-        (0, 1, f"CUSTOMER {other} belongs in partition 1, not 0; publish it with the record key {other}"),
+    wrong = [
+        Fetched(1, b"junk"), *orders(other, 2, first=2), *orders(mine, 2, first=3), *orders(stranger, 2, first=4),
+    ]  # fmt: skip
+    applied = profiles.apply([(0, wrong)])
+    assert [(p, r.offset, reason) for p, r, reason in applied.rejects[1:]] == [
+        (0, 2, f"CUSTOMER {other} belongs in partition 1, not 0; publish it with the record key {other}"),
         (
             0,
-            3,
+            4,
             f"CUSTOMER {stranger} belongs in partition 2, not 0; publish it with the record key {stranger}",
         ),
     ]
-    assert (applied.offsets.tolist(), applied.features[:, 0].tolist()) == ([2], [2.0])
-    assert profiles.counts["rejected"] == 2
+    assert [r for _, r, _ in applied.rejects] == [wrong[0], wrong[1], wrong[3]]
+    assert (applied.offsets.tolist(), applied.features[:, 0].tolist()) == ([3], [2.0])
+    assert profiles.counts["rejected"] == 3
     (snapshot,) = profiles.snapshots()
-    assert (snapshot.position, [k for k, _ in snapshot.profiles]) == (4, [key_bytes(mine)])
+    assert (snapshot.position, [k for k, _ in snapshot.profiles]) == (5, [key_bytes(mine)])
     assert profiles.size == 2
 
 
