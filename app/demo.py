@@ -51,7 +51,7 @@ class Story:
 
 STORIES = {
     "flight-delays": Story(
-        "flights.parquet", write_flights, "2013-09-01", "2013-08-21", "2013-09-15", "2013-09-01", 2000
+        "flights.parquet", write_flights, "2013-09-01", "2013-08-21", "2013-09-15", "2013-09-01", 1000
     ),
     "card-fraud": Story(
         "cards-demo.parquet",

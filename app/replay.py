@@ -106,6 +106,7 @@ async def publish(
         raise kafka.TopicsWrong(f"Kafka has no topic {missing[0]}; run `headrace topics create`.")
     producer = kafka.producer(address)
     await producer.start()
+    await kafka.know_topics(producer, pipeline)
     failures: list[Exception] = []
     outbox = Outbox(producer, lambda: time.time_ns() // 1_000_000, failures.append)
     started = time.time()

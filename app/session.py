@@ -28,6 +28,7 @@ from models.predictions import Prediction, decode
 from tables.mirror import Mirror, connect
 
 READY_S = 60.0
+GONE_S = 15.0  # a worker that was killed is in its group for a session's length
 STALLED_S = 20.0  # without any new prediction: what is missing then does not come
 
 
@@ -62,6 +63,14 @@ async def fresh(settings: Settings, pipeline: Pipeline, addresses: services.Addr
             f"A run of its own would clear {', '.join(shared) or pipeline.name}, which is not its own; drop "
             "'topic:' from the pipeline file."
         )
+    # A worker whose topics are deleted under it would lead the group astray.
+    deadline = time.monotonic() + GONE_S
+    while await kafka.members_of(addresses.kafka, kafka.group_of(pipeline)):
+        if time.monotonic() > deadline:
+            raise HeadraceError(
+                f"Workers of {pipeline.instance} run already, perhaps of a run that was killed; end them first."
+            )
+        await asyncio.sleep(0.5)
     await kafka.delete_topics(addresses.kafka, pipeline)
     shutil.rmtree(settings.data_root / "profiles" / pipeline.instance, ignore_errors=True)
     mirror = Mirror(connect(addresses.redis_url), pipeline)

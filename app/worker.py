@@ -177,6 +177,7 @@ class Worker:
         pipeline = self.pipeline
         self._producer = kafka.producer(self._address)
         await self._producer.start()
+        await kafka.know_topics(self._producer, pipeline)
         self.outbox = Outbox(self._producer, _now_ms, stop_at_once)
         self.score = Score(pipeline, self.stages[-1], self.model, self.outbox, self._reject)
         if pipeline.labels is not None and any(e.labelled for e in pipeline.entities):
@@ -299,7 +300,7 @@ class App(faust.App):  # type: ignore[misc]
 def create_worker(worker: Worker, address: str, data_root: Path) -> App:
     """The Faust application of one worker process."""
     app = App(
-        f"headrace-{worker.pipeline.instance}-{worker.pipeline.definition}",
+        kafka.group_of(worker.pipeline),
         broker=[f"{faust_batches.SCHEME}://{server}" for server in address.split(",")],
         datadir=str(data_root / "faust"),
         Topic=faust_batches.Topic,

@@ -17,6 +17,7 @@ from app import kafka, replay, session, verify
 from app.local.services import Addresses
 from app.settings import Settings
 from models import dead_letters
+from models.errors import HeadraceError
 from models.partitions import partition_of
 from models.pipeline import Pipeline, find
 
@@ -241,3 +242,15 @@ async def _features(http: aiohttp.ClientSession, url: str, count: float) -> dict
             return dict(body["features"])
         await asyncio.sleep(0.05)
     raise AssertionError(body)
+
+
+@pytest.mark.timeout(120)
+async def test_a_run_does_not_clear_an_instance_that_is_at_work(
+    trained: Settings, addresses: Addresses
+) -> None:
+    async with running(trained, addresses, "card-fraud", "cards-busy") as run:
+        with pytest.raises(HeadraceError, match="Workers of cards-busy run already"):
+            await session.fresh(trained, run.pipeline, addresses)
+        assert await kafka.partitions_of(addresses.kafka, [run.pipeline.predictions]) == {
+            run.pipeline.predictions: 4
+        }

@@ -2,18 +2,26 @@
 
 import re
 import shlex
+from types import SimpleNamespace
+from typing import Any
 
 import click
+import msgspec
 import pytest
+from faust.types import TP
 from prometheus_client import CollectorRegistry
+from prometheus_client.metrics import MetricWrapperBase
 
-from app import metrics
-from app.api.server import create_api
+from app.api.server import Features, Problem, create_api
 from app.cli import main
 from app.kafka import wanted_topics
+from app.metrics import WorkerCollector
 from app.settings import Settings, variable
+from models.dead_letters import DeadLetter
 from models.expressions import FUNCTIONS
-from models.pipeline import find, schema
+from models.pipeline import find, parse, schema
+from models.predictions import Origin, Prediction
+from models.records import RecordCodec
 from models.windows import AGGREGATES, OUTCOMES
 from tables.mirror import Mirror, connect
 from tests.conftest import PIPELINES, REPOSITORY
@@ -53,35 +61,64 @@ def commands(group: click.Group, path: str = "headrace") -> dict[str, click.Comm
     return found
 
 
+def options(command: click.Command) -> list[str]:
+    return [
+        name
+        for option in command.params
+        if isinstance(option, click.Option)
+        for name in (*option.opts, *option.secondary_opts)
+    ]
+
+
 def test_every_command_and_option() -> None:
     text = page("cli.md")
     rows = {
         m[1]: m[0]
         for m in re.finditer(r"^\| `(headrace [a-z ]+?)(?: [A-Z\[].*?)?` \|.*$", text, re.MULTILINE)
     }
+    examples = [words for where, words, whole in SHOWN if where == "cli.md" and whole]
     assert set(rows) == set(commands(main))
     for name, command in commands(main).items():
-        for option in command.params:
-            if isinstance(option, click.Option):
-                long = max(option.opts, key=len)
-                assert f"`{long}`" in rows[name], (name, long)
+        for option in options(command):
+            where = rows[name] if option.startswith("--") else text
+            assert re.search(rf"`{option}[` ]", where), (name, option)
         assert command.help, name
         assert "Example:" in (command.epilog or ""), name
+        path = name.split()[1:]
+        assert [words for words in examples if words[: len(path)] == path], f"{name} has no example"
+    assert "`headrace --version`" in text
 
 
-def metric_names() -> list[str]:
-    api = CollectorRegistry()
-    create_api(
-        find("card-fraud", PIPELINES),
-        Mirror(connect("redis://localhost"), find("card-fraud", PIPELINES)),
-        api,
-        _ready,
+def test_exit_codes() -> None:
+    assert re.search("Exit codes: 0 .*, 1 .*, 2 ", page("cli.md"), re.DOTALL)
+
+
+def worker_metrics() -> dict[str, set[str]]:
+    """Names and labels of a worker's metrics."""
+    pipeline = find("card-fraud", PIPELINES)
+    counted = SimpleNamespace(entity=pipeline.entities[0], counts={"folded": 1}, size=0, nbytes=0)
+    worker: Any = SimpleNamespace(
+        stages=[counted],
+        partitions=SimpleNamespace(committable={TP("log", 0): 1}),
+        model=SimpleNamespace(card=SimpleNamespace(pipeline="", version="", definition="")),
+        score=SimpleNamespace(predicted=0),
+        route=SimpleNamespace(routed=0),
+        dead_letters=0,
+        mirror=SimpleNamespace(written=0, failing=None),
     )
-    counters = {"headrace_records", "headrace_predictions", "headrace_labels_routed", "headrace_dead_letters",
-                "headrace_mirrored", "headrace_lookups"}  # fmt: skip
-    families = [v[0] for k, v in vars(metrics).items() if k.isupper() and isinstance(v, tuple)]
-    families += [m.name for m in api.collect()]
-    return [f"{name}_total" if name in counters else name for name in families]
+    return {s.name: set(s.labels) for family in WorkerCollector(worker).collect() for s in family.samples}
+
+
+def api_metrics() -> dict[str, set[str]]:
+    """Names and labels of the API's metrics, as they are declared."""
+    registry = CollectorRegistry()
+    pipeline = find("card-fraud", PIPELINES)
+    create_api(pipeline, Mirror(connect("redis://localhost"), pipeline), registry, _ready)
+    return {
+        f"{metric._name}_total" if metric._type == "counter" else metric._name: set(metric._labelnames)
+        for metric in registry._collector_to_names
+        if isinstance(metric, MetricWrapperBase)
+    }
 
 
 async def _ready() -> str | None:
@@ -89,10 +126,10 @@ async def _ready() -> str | None:
 
 
 def test_every_metric() -> None:
-    text = page("metrics.md")
-    names = metric_names()
-    assert len(names) >= 12
-    assert set(re.findall(r"^\| `(headrace_\w+)`", text, re.MULTILINE)) == set(names)
+    rows = re.findall(r"^\| `(headrace_\w+)` \|(.*?)\|", page("metrics.md"), re.MULTILINE)
+    shown = {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in rows}
+    assert len(api_metrics()) >= 2
+    assert shown == worker_metrics() | api_metrics()
 
 
 def test_every_route() -> None:
@@ -128,38 +165,115 @@ def test_every_aggregate_function_outcome_and_key() -> None:
         assert f"`{key}`" in text, key
 
 
-def shown() -> list[tuple[str, str]]:
-    """The headrace commands in code of the pages."""
-    found = []
-    for path in PAGES:
-        text = path.read_text(encoding="utf-8")
-        code = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-        lines = [line for block in code for line in block.splitlines()]
-        lines += re.findall(r"`(headrace [^`]*)`", text)
-        for raw in lines:
-            line = raw.split("#")[0].strip().rstrip("&").strip()
-            if line.startswith("headrace ") and not re.search(r"[A-Z]{4,}|\.\.\.|NAME|FILE", line):
-                found.append((path.name, line))
+def fields(*structs: type[msgspec.Struct]) -> set[str]:
+    return {field.encode_name for struct in structs for field in msgspec.structs.fields(struct)}
+
+
+def test_every_field_of_a_record() -> None:
+    topics, api = page("topics.md"), page("api.md")
+    columns = RecordCodec(find("card-fraud", PIPELINES), 1).dtype.names or ()
+    for name in fields(Prediction, Origin, DeadLetter):
+        assert f"`{name}`" in topics, name
+        assert f'"{name}"' in topics, name
+    for name in set(columns) - {"fields", "features"}:  # those two are told in words
+        assert re.search(rf"\b{name}\s[iu]\d", topics), name
+    for name in fields(Features, Problem):
+        assert f'"{name}"' in api, name
+
+
+def test_every_key_and_type_of_a_pipeline_file() -> None:
+    text = page("pipelines.md")
+    parts = schema()["$defs"]
+    for part in ("StreamSpec", "LabelsSpec", "EntitySpec", "FeatureSpec", "FieldSpec"):
+        for key in parts[part]["properties"]:
+            assert re.search(rf"`{key}`|^ *{key}:|[{{ ]{key}: ", text, re.MULTILINE), (part, key)
+    for name in parts["FieldSpec"]["properties"]["type"]["enum"]:
+        assert re.search(rf"^\| `{name}`", text, re.MULTILINE), name
+    for unit in parts["FieldSpec"]["properties"]["unit"]["enum"]:
+        assert f"`{unit}`" in text, unit
+
+
+def test_the_pipeline_file_of_the_first_page_compiles() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert parse(text).name == "card-fraud"
+
+
+def blocks(text: str) -> list[str]:
+    """What stands between fences, but for the languages that have no commands."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [code for language, code in found if language in ("", "sh")]
+
+
+def simple_commands(line: str) -> list[list[str]]:
+    """The words of each command of a line, without what the shell makes of it."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    found: list[list[str]] = [[]]
+    for word in lexer:
+        if set(word) <= set("();<>|&"):
+            found.append([])
+        elif found[-1] or not re.fullmatch(r"[A-Z_]+=.*", word):  # FOO=bar before a command
+            found[-1].append(word)
     return found
 
 
-@pytest.mark.parametrize(("where", "line"), shown())
-def test_what_is_shown_parses(where: str, line: str) -> None:
-    known = commands(main)
-    words = shlex.split(line)
-    if words[1].startswith("-"):
-        assert words[1] in ("--version", "--help", "-h"), f"{where}: {line}"
-        return
-    depth = next((n for n in (3, 2) if " ".join(words[:n]) in known), None)
-    assert depth, f"{where}: {line}"
-    command = known[" ".join(words[:depth])]
-    given = words[depth:]
-    options = {
-        o: p for p in command.params if isinstance(p, click.Option) for o in (*p.opts, *p.secondary_opts)
-    }
-    for word in given:
-        if word.startswith("-"):
-            assert word in options, f"{where}: {line}"
+def shown() -> list[tuple[str, list[str], bool]]:
+    """The headrace commands of the pages: where, the words behind `headrace`, and whether it is a whole one."""
+    found = []
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        lines = [line for code in blocks(text) for line in code.replace("\\\n", " ").splitlines()]
+        for whole, candidates in ((True, lines), (False, re.findall(r"`([^`\n]*)`", text))):
+            for line in candidates:
+                if "headrace " not in line:
+                    continue
+                found += [
+                    (path.name, words[1:], whole)
+                    for words in simple_commands(line)
+                    if words and words[0].rpartition("/")[2] == "headrace" and "COMMAND" not in words
+                ]
+    return found
+
+
+SHOWN = shown()
+
+
+@pytest.mark.parametrize(
+    ("where", "words", "whole"), SHOWN, ids=[f"{where}: {' '.join(words)}" for where, words, _ in SHOWN]
+)
+def test_what_is_shown_parses(where: str, words: list[str], whole: bool) -> None:
+    command: click.Command = main
+    rest = list(words)
+    while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
+        assert rest[0] in command.commands, f"{where}: {' '.join(words)}"
+        command = command.commands[rest.pop(0)]
+    if whole:
+        assert not isinstance(command, click.Group), f"{where}: {' '.join(words)} is no command yet"
+        command.make_context("headrace", rest)  # raises UsageError for what cannot be
+    known = {*options(command), "--help", "-h", "--version"}
+    assert {word for word in rest if word.startswith("-")} <= known, f"{where}: {' '.join(words)}"
+
+
+def test_commands_are_found() -> None:
+    assert simple_commands("A=1 b 'c d' | e > f && g # h") == [["b", "c d"], ["e"], ["f"], ["g"]]
+    assert len([whole for _, _, whole in SHOWN if whole]) > 20
+    assert {"README.md", "cli.md", "pipelines.md"} <= {where for where, _, _ in SHOWN}
+
+
+def test_targets_of_make_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):.*##", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    for path in PAGES:
+        for target in re.findall(r"(?:^|`)make ([a-z]+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert target in targets, f"{path.name}: make {target}"
+
+
+def test_files_that_are_named_exist() -> None:
+    made = ("data/", "model_artifacts")  # on demand
+    folders = "app|agents|tables|models|configs|ops|tests|scripts|docs|data|model_artifacts"
+    for path in PAGES:
+        for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", path.read_text(encoding="utf-8")):
+            assert (REPOSITORY / name).exists() or name.startswith(made), f"{path.name}: {name}"
 
 
 def test_links_lead_somewhere() -> None:
@@ -191,6 +305,8 @@ def test_every_page_is_in_the_index() -> None:
         assert path.name == "index.md" or f"({path.name})" in index, path
     numbers = [int(p.name[:4]) for p in sorted((DOCS / "adr").glob("*.md"))]
     assert numbers == list(range(1, len(numbers) + 1))
+    for path in (DOCS / "adr").glob("*.md"):
+        assert f"(adr/{path.name})" in index, path
 
 
 def test_the_schema_file_is_the_code_s() -> None:

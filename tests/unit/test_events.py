@@ -173,6 +173,15 @@ def test_an_amount_of_at_most_scale_decimals_is_exact(amount: tuple[int, int]) -
     assert as_float(column, Field("A", "decimal", 10**scale)).tolist() == [float(text)]
 
 
+@pytest.mark.parametrize("scale", range(10))
+def test_large_amounts_are_exact_too(scale: int) -> None:
+    """Where the product of amount and divisor is off by a bit or two."""
+    units = np.random.default_rng(scale).integers(-LARGEST_VALUE, LARGEST_VALUE, 20_000)
+    column, valid = scaled(units / 10**scale, 10**scale)
+    assert valid.all()
+    assert (column == units).all()
+
+
 @given(AMOUNTS, st.integers(1, 9))
 def test_one_decimal_more_is_too_many(amount: tuple[int, int], digit: int) -> None:
     scale, units = amount

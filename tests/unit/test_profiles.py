@@ -587,6 +587,21 @@ def test_a_profile_of_labels_alone_is_stored_and_not_given_out(tmp_path: Path) -
     assert packed[3] % 4 == 2  # the row has the label that waited for it
 
 
+def test_a_label_touches_what_it_changes(tmp_path: Path) -> None:
+    codec, profiles, p = RecordCodec(SHOP, 1), opened(shops(tmp_path)), partition_of(b"x", PARTITIONS)
+    events, _, _ = EventDecoder(SHOP).decode([order(1, SHOP="x", AT=START)], np.array([START]))
+    (event,) = codec.encode(events, np.zeros((1, 2)), np.array([0]), np.array([0]))
+    profiles.apply([(p, [Fetched(0, event, b"x")])])
+    assert profiles.touched(10).keys == [b"x"]
+    for n, (id, given_out) in enumerate([(2, []), (1, [b"x"])]):  # one waits for its event, one has it
+        label = b'{"ID": %d, "AT": %d, "SHOP": "x", "RETURNED": 1, "KNOWN": %d}' % (id, START, START)
+        labels, _, _ = LabelDecoder(SHOP).decode([label])
+        (value,) = codec.encode_labels(labels, np.array([0]), np.array([n]))
+        profiles.apply([(p, [Fetched(n + 1, value, b"x")])])
+        assert profiles.touched(10).keys == given_out
+        assert [len(s.profiles) for s in profiles.snapshots()] == [1]
+
+
 def test_warming_changes_nothing(tmp_path: Path) -> None:
     profiles = opened(customers(tmp_path))
     profiles.warm()
