@@ -39,8 +39,8 @@ format: setup ## Put the code into the one format, and mend what ruff can mend
 unit: setup ## The tests that need no service, in seconds
 	@$(BIN)/pytest -m "not integration" tests/unit $(ARGS)
 
-bench: setup ## Measure throughput and latency on this machine
-	@$(BIN)/headrace bench $(ARGS)
+bench: setup ## Measure this machine (ARGS=latency for the other benchmark)
+	@$(BIN)/headrace bench $(or $(ARGS),throughput)
 
 up: setup ## Start Kafka, Valkey and PostgreSQL on this machine, unless the settings name others
 	@$(BIN)/headrace up $(ARGS)

@@ -69,6 +69,7 @@ def _run(
     def report(text: str) -> None:
         console.print(f"  {text}", highlight=False)
 
+    settings = session.with_own_models(settings, "bench")
     pipeline = find(name, settings.pipelines, f"{name}-bench")
     with session.running_services(settings, lambda s, e: report(f"{s}: {e}")) as addresses:
         tape = _prepare(settings, pipeline, events, report)

@@ -90,7 +90,7 @@ def down() -> None:
     """Stop what `headrace up` started. Its data stays."""
     from app.local import services
 
-    services.down(_settings())
+    services.down(_settings(), progress=lambda service, event: click.echo(f"{service:>9}  {event}", err=True))
 
 
 @main.command(epilog="Example: headrace status --json | jq -r .kafka.address")
@@ -105,7 +105,7 @@ def status(as_json: bool) -> None:
         _print_json({s.name: {"state": s.state, "address": s.address, "pid": s.pid} for s in found})
     else:
         table(["service", "state", "address", "pid", "log"],
-              [[s.label, s.state, s.address, s.pid, s.log] for s in found])  # fmt: skip
+              [[s.label, s.state, s.address, s.pid and str(s.pid), s.log] for s in found])  # fmt: skip
     if any(s.state in ("silent", "stopped") for s in found):
         sys.exit(1)
 

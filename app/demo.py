@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -93,6 +94,7 @@ def run(settings: Settings, name: str, data: Path, stay: bool, quiet: bool) -> S
     if name not in STORIES:
         raise HeadraceError(f"There is no demonstration of {name!r}; there are {', '.join(STORIES)}.")
     started = time.perf_counter()
+    settings = session.with_own_models(settings, "demo")
     console = Console(stderr=True)
     pipeline = find(name, settings.pipelines, f"{name}-demo")
     story = STORIES[name]
@@ -157,7 +159,8 @@ async def _stream(
             _show(summary, pipeline, addresses, api.url, worker.url)
         if stay:
             Console().print("\nAll of it runs on. Ctrl-C stops what this command started.", style="bold")
-            await asyncio.Event().wait()
+            with contextlib.suppress(asyncio.CancelledError):  # Ctrl-C: the run itself went well
+                await asyncio.Event().wait()
         return summary
     finally:
         for process in (api, worker):

@@ -71,7 +71,9 @@ def read(path: Path, pipeline: Pipeline) -> EventFile:
     if labels is not None and labels.field in table.column_names:
         state = _states(table[labels.field])
         if labels.known in table.column_names:
-            known = _integers(table, Field(labels.known, "timestamp", unit="ms"), path)
+            known = _integers(
+                table, Field(labels.known, "timestamp", unit=stream.fields[stream.time].unit), path
+            )
     return EventFile(table, History(times, _ids(table, pipeline), fields, keys, state), known)
 
 
@@ -166,6 +168,8 @@ def _times(column: Any, field: Field) -> Ints:
         column = pc.cast(pc.cast(column, pa.timestamp("ms", column.type.tz), safe=False), pa.int64())
         return np.asarray(column.to_numpy(), np.int64)
     whole = np.asarray(pc.cast(column, pa.int64()).to_numpy(), np.int64)
+    if field.unit == "iso":
+        raise pa.ArrowInvalid("a number is no ISO time; write a timestamp column")
     return {"s": whole * 1000, "ms": whole, "us": whole // 1000}[field.unit]
 
 

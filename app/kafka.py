@@ -44,7 +44,7 @@ class TopicsWrong(HeadraceError):
 
 
 def producer(address: str) -> AIOKafkaProducer:
-    """An idempotent producer for batches; it waits out a broker's restart of two minutes."""
+    """An idempotent producer for batches; it waits while a broker restarts."""
     return AIOKafkaProducer(
         bootstrap_servers=address,
         enable_idempotence=True,

@@ -40,6 +40,11 @@ class ProcessFailed(HeadraceError):
         super().__init__(f"The {name} {what}; its log {log} ends with:\n{tail}")
 
 
+def with_own_models(settings: Settings, name: str) -> Settings:
+    """Settings of a run that neither takes the user's champion nor replaces it."""
+    return settings.model_copy(update={"models_root": settings.data_root / name / "models"})
+
+
 @contextlib.contextmanager
 def running_services(settings: Settings, report: Callable[[str, str], None]) -> Iterator[services.Addresses]:
     """Kafka and Redis for as long as the run takes. Those that ran before go on.
@@ -91,7 +96,10 @@ class Process:
             sys.executable, "-m", "app.cli", command, "--pipeline", pipeline.name, "--as", pipeline.instance,
             "--port", str(self.port),
         ]  # fmt: skip
-        self._environment = os.environ | {"HEADRACE_API_HOST": "127.0.0.1"}
+        self._environment = os.environ | {
+            "HEADRACE_API_HOST": "127.0.0.1",
+            "HEADRACE_MODELS_ROOT": str(settings.models_root),
+        }
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Coroutine, Mapping
 from functools import partial
@@ -292,7 +293,10 @@ class App(faust.App):  # type: ignore[misc]
     wired: asyncio.Event
 
     async def on_start(self) -> None:
-        await self.worker.start()
+        try:
+            await self.worker.start()
+        except Exception as error:
+            stop_at_once(error)
         self.wired.set()
         await super().on_start()
 
@@ -325,6 +329,10 @@ def create_worker(worker: Worker, address: str, data_root: Path) -> App:
         await worker.partitions.release()
 
     async def stopping(*_: Any, **__: Any) -> None:
+        # What hangs behind this, a client's socket perhaps, must not keep the process: all is flushed by then.
+        last = threading.Timer(STOP_S + 5, os._exit, (1,))
+        last.daemon = True
+        last.start()
         app.consumer.epoch += 1
         await asyncio.wait_for(worker.stop(), STOP_S)
 

@@ -7,9 +7,15 @@ from typing import Any
 
 import msgspec
 
+# JSON writes a byte as up to six, and a broker takes records of a megabyte.
+LARGEST = 128 * 1024
+
 
 class DeadLetter(msgspec.Struct):
-    """`value` and `key` are text where the bytes are UTF-8, else base64, which `encoding` says."""
+    """`value` and `key` are text where the bytes are UTF-8, else base64, which `encoding` says.
+
+    `size` is the value's length in bytes; of one above LARGEST only so much is here, the rest at its origin.
+    """
 
     pipeline: str
     reason: str
@@ -20,6 +26,7 @@ class DeadLetter(msgspec.Struct):
     key: str | None
     value: str
     encoding: str = "utf-8"
+    size: int = 0
 
 
 def encode(
@@ -27,12 +34,16 @@ def encode(
     key: bytes | None, value: bytes | None,
 ) -> bytes:  # fmt: skip
     """A dead letter as JSON."""
-    encoding, (text_key, text) = "utf-8", _texts(key, value or b"")
+    whole = value or b""
+    kept = whole if len(whole) <= LARGEST else whole[:LARGEST].decode(errors="ignore").encode()
+    encoding, (text_key, text) = "utf-8", _texts(key, kept)
     if text is None:
         encoding = "base64"
         text_key = None if key is None else base64.b64encode(key).decode()
-        text = base64.b64encode(value or b"").decode()
-    letter = DeadLetter(pipeline, reason, topic, partition, offset, timestamp, text_key, text, encoding)
+        text = base64.b64encode(kept).decode()
+    letter = DeadLetter(
+        pipeline, reason, topic, partition, offset, timestamp, text_key, text, encoding, len(whole)
+    )
     return msgspec.json.encode(letter)
 
 

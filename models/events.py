@@ -31,6 +31,9 @@ AHEAD_MS = 86_400_000
 # Values that are summed stay below this, so that 2**17 of them add up exactly in int64.
 LARGEST_VALUE = 2**46
 
+# An event goes on between stages with a header before it, and a broker takes records of a megabyte.
+LARGEST_EVENT = 512 * 1024
+
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _PER_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000)}
 # What a decoder raises: RecursionError is for JSON nested thousands deep.
@@ -142,7 +145,7 @@ def as_float(column: Ints, field: Field) -> Floats:
 
 
 class EventDecoder:
-    """Decodes a stream's JSON, `entity_key` being the field that its log is keyed by."""
+    """Decodes a stream's JSON, keyed by the first entity's key, whose log the stream is."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.stream = stream = pipeline.stream
@@ -171,6 +174,9 @@ class EventDecoder:
         _refuse(rejects, kept, valid, good, f"{stream.time} is no time between 1970 and 2100")
         good = times <= sent[kept] + AHEAD_MS
         _refuse(rejects, kept, valid, good, f"{stream.time} is more than a day ahead of its sending")
+        if max(map(len, values), default=0) > LARGEST_EVENT:
+            good = np.array([len(values[i]) <= LARGEST_EVENT for i in kept.tolist()], np.bool_)
+            _refuse(rejects, kept, valid, good, f"the event has more than {LARGEST_EVENT:,} bytes")
         ids = [getattr(e, stream.id) for e in events]
         batch = Batch(
             kinds=np.full(n, EVENT, np.int8),

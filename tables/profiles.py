@@ -17,8 +17,8 @@ from models.events import Batch, Decoded, key_bytes
 from models.partitions import partitions_of
 from models.pipeline import Entity
 from models.records import fresh, in_step
-from models.windows import LABEL_EARLY, NULL, OUTCOMES, Arena, Bytes, Floats, Ints
-from tables.store import Snapshot, Store
+from models.windows import LABEL_EARLY, OUTCOMES, Arena, Bytes, Floats, Ints
+from tables.store import Snapshot, Store, StoreError
 
 _NO_SLOT, _ABSENT, _MISPLACED = -1, -2, -3  # no key; not in memory; in another partition's log
 
@@ -175,6 +175,11 @@ class Profiles:
         logs, offsets = logs[kept], offsets[kept]
         # 3. drop what was seen, in each partition's order, and find profiles
         if batch.sources is not None and batch.offsets is not None:
+            if batch.sources.max(initial=0) >= self._seen.shape[1]:
+                raise StoreError(
+                    f"{self.entity.log} has records of more partitions than its writers' topics had at the start; "
+                    "restart the worker."
+                )
             news = fresh(logs, batch.sources, batch.offsets, self._seen)
             if not news.all():
                 self.counts["seen"] += int((~news).sum())
@@ -303,7 +308,6 @@ class Profiles:
         slots = np.flatnonzero(self._stale)[:most]
         self._stale[slots] = False
         times = self._arena.newest(slots)
-        slots, times = slots[times != NULL], times[times != NULL]  # only labels so far: nothing to read
         return Touched(
             slots,
             [key_bytes(self._keys[s]) for s in slots.tolist()],

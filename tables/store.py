@@ -98,11 +98,20 @@ class Store:
         self.position, self.seen = snapshot.position, snapshot.seen
         meta = _Meta(LAYOUT, self._definition, snapshot.position, snapshot.seen)
         batch.put(_META, msgspec.msgpack.encode(meta))
-        self._db.write(batch, self._unlogged)
+        try:
+            self._db.write(batch, self._unlogged)
+        except Exception as error:  # rocksdict raises plain Exception
+            raise self._unwritable(error) from None
 
     def flush(self) -> None:
         """Make what was written durable. Releases the GIL: call it in a thread."""
-        self._db.flush()
+        try:
+            self._db.flush()
+        except Exception as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: Exception) -> StoreError:
+        return StoreError(f"The store {self.path} cannot be written ({error}); see whether its disk is full.")
 
     def close(self) -> None:
         self._db.close()

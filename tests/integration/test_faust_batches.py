@@ -1,6 +1,7 @@
 """The extension of Faust against a real broker: it relies on the inside of faust-streaming and aiokafka."""
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -58,7 +59,8 @@ async def topic(addresses: Addresses) -> AsyncIterator[str]:
 
 def make_app(address: str) -> App:
     app = App(
-        "faust-batches-test", broker=f"{faust_batches.SCHEME}://{address}", Topic=faust_batches.Topic,
+        "faust-batches-test", datadir=tempfile.mkdtemp(),
+        broker=f"{faust_batches.SCHEME}://{address}", Topic=faust_batches.Topic,
         store="memory://", web_enabled=False, topic_disable_leader=True, topic_allow_declare=False,
         consumer_auto_offset_reset="earliest", broker_max_poll_records=400, stream_buffer_maxsize=2,
         stream_wait_empty=False, broker_commit_interval=0.2,

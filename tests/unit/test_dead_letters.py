@@ -8,7 +8,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.dead_letters import decode, encode, original
+from models.dead_letters import LARGEST, decode, encode, original
 
 BYTES = st.binary(max_size=30) | st.text(max_size=10).map(str.encode)
 
@@ -21,7 +21,7 @@ def test_key_and_value_come_back_as_they_came(key: bytes | None, value: bytes) -
 def test_a_letter_says_where_it_came_from_and_why() -> None:
     assert json.loads(encode("shop", "no JSON", "raw", 3, 2**40, 1_600_000_000_000, b"k", b"hello")) == {
         "pipeline": "shop", "reason": "no JSON", "topic": "raw", "partition": 3, "offset": 2**40,
-        "timestamp": 1_600_000_000_000, "key": "k", "value": "hello", "encoding": "utf-8",
+        "timestamp": 1_600_000_000_000, "key": "k", "value": "hello", "encoding": "utf-8", "size": 5,
     }  # fmt: skip
 
 
@@ -37,3 +37,12 @@ def test_a_record_of_nothing_is_empty() -> None:
     letter = decode(encode("shop", "the record is empty", "t", 0, 1, 2, None, None))
     assert (letter.value, letter.key, letter.encoding) == ("", None, "utf-8")
     assert original(letter) == (None, b"")
+
+
+def test_a_value_above_the_bound_is_cut_and_says_its_size() -> None:
+    for whole in (b'"' * (LARGEST + 5), b"\xff" * (LARGEST + 5), "é".encode() * LARGEST):
+        raw = encode("p", "too large", "t", 0, 1, 2, b"k", whole)
+        letter = decode(raw)
+        assert letter.size == len(whole)
+        assert len(raw) < 1_000_000
+        assert whole.startswith(original(letter)[1][:1000])
