@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from models.errors import HeadraceError
 
@@ -19,11 +19,21 @@ class SendFailed(HeadraceError):
     """A batch could not be delivered: the worker stops, and sends it again from its position."""
 
 
+class Producer(Protocol):
+    """Sends batches, each partition's in order and once: app.producer."""
+
+    def create_batch(self, topic: str, partition: int) -> Any:
+        """An empty batch: its `append` gives None when it is full."""
+
+    async def send_batch(self, batch: Any, topic: str, partition: int) -> None:
+        """Send and wait until it has arrived."""
+
+
 class Outbox:
-    """producer: an idempotent aiokafka producer. clock: the time of sending, ms."""
+    """clock: the time of sending, ms."""
 
     def __init__(
-        self, producer: Any, clock: Callable[[], int], on_failure: Callable[[Exception], None]
+        self, producer: Producer, clock: Callable[[], int], on_failure: Callable[[Exception], None]
     ) -> None:
         self._producer = producer
         self._clock = clock
@@ -75,9 +85,8 @@ class Outbox:
         """Send what is queued, one batch at a time, until nothing is left."""
         try:
             while target.queue:
-                batch, count = self._batch(target.queue)
-                sent = await self._producer.send_batch(batch, topic, partition=partition)
-                await sent
+                batch, count = self._batch(topic, partition, target.queue)
+                await self._producer.send_batch(batch, topic, partition)
                 del target.queue[:count]
                 target.acknowledged += count
                 self._waiting -= count
@@ -89,9 +98,9 @@ class Outbox:
         finally:
             target.sender = None
 
-    def _batch(self, queue: list[tuple[bytes | None, bytes]]) -> tuple[Any, int]:
+    def _batch(self, topic: str, partition: int, queue: list[tuple[bytes | None, bytes]]) -> tuple[Any, int]:
         """As much of the queue as one batch holds, and how many records that is."""
-        batch, now, count = self._producer.create_batch(), self._clock(), 0
+        batch, now, count = self._producer.create_batch(topic, partition), self._clock(), 0
         append = batch.append
         for key, value in queue:
             if append(key=key, value=value, timestamp=now) is None:

@@ -27,6 +27,7 @@ SPARE_MS = 7 * DAY_MS  # a log is kept this much longer than its windows reach, 
 OUTPUT_MS = 30 * DAY_MS
 BATCH_BYTES = 512 * 1024
 TAIL = 64  # of a partition's last records, among which its highest origin stands
+FARTHEST = TAIL * 32**3  # what lies behind so many markers is not looked for
 
 # aiokafka builds debug records that nobody shows: an eighth of a busy worker's time.
 logging.getLogger("aiokafka").setLevel(logging.WARNING)
@@ -43,21 +44,16 @@ class TopicsWrong(HeadraceError):
     """The topics are not there, or not as the pipeline needs them."""
 
 
-def producer(address: str) -> AIOKafkaProducer:
-    """An idempotent producer for batches; it waits while a broker restarts."""
+def producer(address: str, **more: Any) -> AIOKafkaProducer:
+    """An idempotent producer; it waits while a broker restarts. more: settings of aiokafka's."""
     return AIOKafkaProducer(
         bootstrap_servers=address,
         enable_idempotence=True,
         acks="all",
         max_batch_size=BATCH_BYTES,
         request_timeout_ms=120_000,
+        **more,
     )
-
-
-async def know_topics(client: AIOKafkaProducer, pipeline: Pipeline) -> None:
-    """Learn where the pipeline's topics are, which else costs the first record of each some 0.3 s."""
-    for topic in wanted_topics(pipeline):
-        await client.partitions_for(topic)
 
 
 @asynccontextmanager
@@ -163,26 +159,33 @@ async def checked_partitions(address: str, pipeline: Pipeline) -> dict[str, int]
 
 
 async def last_origins(address: str, topic: str, partitions: Iterable[int]) -> dict[int, int]:
-    """The highest log offset whose prediction is out, by partition: what a crashed worker had sent."""
+    """The highest log offset whose prediction is out, by partition: what a crashed worker had sent.
+
+    A tail may hold nothing but the markers of owners that came and went; then look farther back.
+    """
     found: dict[int, int] = {}
-    async for record in read_between(address, topic, dict.fromkeys(partitions, -TAIL)):
-        try:
-            offset = decode(record.value).origin.offset
-        except ValueError:
-            continue  # not one of ours: a predictions topic may be written by hand
-        found[record.partition] = max(found.get(record.partition, -1), offset)
+    missing, tail = set(partitions), TAIL
+    while missing and tail <= FARTHEST:
+        async for record in read_between(address, topic, dict.fromkeys(missing, -tail)):
+            try:
+                offset = decode(record.value).origin.offset
+            except ValueError:
+                continue  # not one of ours: a predictions topic may be written by hand
+            found[record.partition] = max(found.get(record.partition, -1), offset)
+        missing -= found.keys()
+        tail *= 32
     return found
 
 
-async def read_between(
-    address: str, topic: str, starts: dict[int, int] | None = None, isolation: str = "read_uncommitted"
-) -> AsyncIterator[Any]:
+async def read_between(address: str, topic: str, starts: dict[int, int] | None = None) -> AsyncIterator[Any]:
     """All records of a topic from `starts` to its present end, in batches of partitions' order.
+
+    What a transaction wrote and did not commit is none of them.
 
     starts: offset by partition; below 0, so many before the end; None: the whole topic.
     """
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=address, auto_offset_reset="earliest", isolation_level=isolation,
+        bootstrap_servers=address, auto_offset_reset="earliest", isolation_level="read_committed",
         max_partition_fetch_bytes=4 * 2**20,
     )  # fmt: skip
     try:

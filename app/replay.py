@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from agents.outbox import Outbox
 from app import history, kafka
+from app.producer import Producer
 from models.errors import HeadraceError
 from models.events import key_bytes
 from models.history import History
@@ -104,9 +105,8 @@ async def publish(
     missing = [t for t, count in counts.items() if not count]
     if missing:
         raise kafka.TopicsWrong(f"Kafka has no topic {missing[0]}; run `headrace topics create`.")
-    producer = kafka.producer(address)
-    await producer.start()
-    await kafka.know_topics(producer, pipeline)
+    producer = Producer(address)
+    await producer.start(kafka.wanted_topics(pipeline))
     failures: list[Exception] = []
     outbox = Outbox(producer, lambda: time.time_ns() // 1_000_000, failures.append)
     started = time.time()

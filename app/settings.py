@@ -58,6 +58,7 @@ def _upper(value: object) -> object:
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
+Delivery = Literal["fenced", "transactional"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
@@ -120,6 +121,11 @@ class Settings(BaseSettings):
     )
     replication: Count = Field(
         default=1, description="Copies of each partition of a topic that Headrace makes; 3 in production."
+    )
+    delivery: Delivery = Field(
+        default="fenced",
+        description="How predictions reach Kafka: fenced (idempotent batches that an old owner cannot send), or "
+        "transactional (each batch a transaction, for consumers that read committed; slower).",
     )
     log_level: Annotated[LogLevel, BeforeValidator(_upper)] = Field(
         default="WARNING",

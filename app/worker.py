@@ -31,6 +31,8 @@ from agents.score import Score
 from agents.stage import Stage
 from app import faust_batches, kafka, metrics
 from app.api.server import create_api, serve
+from app.producer import Producer
+from app.settings import Delivery
 from models import dead_letters
 from models.errors import HeadraceError
 from models.events import EventDecoder
@@ -78,6 +80,8 @@ class Partitions:
         ends = await consumer.highwaters(*assigned) if assigned else {}
         last_log = worker.pipeline.entities[-1].log
         scored = [tp.partition for tp in assigned if tp.topic == last_log]
+        # No older owner can add to what is read here.
+        await worker.producer.claim(worker.pipeline.predictions, scored)
         score.emitted = await kafka.last_origins(self._address, worker.pipeline.predictions, scored)
         starts: dict[TP, int] = {}
         for tp in assigned:
@@ -116,6 +120,7 @@ class Partitions:
         for stage in worker.stages:
             for partition in stage.partitions:
                 stage.close(partition)
+        await worker.producer.release()
         if worker.route is not None:
             worker.route.positions.clear()
 
@@ -128,15 +133,14 @@ class Worker:
 
     def __init__(
         self, pipeline: Pipeline, model: Model, counts: dict[str, int], kafka_address: str, redis_url: str | None,
-        data_root: Path, host: str, port: int,
+        data_root: Path, host: str, port: int, delivery: Delivery = "fenced",
     ) -> None:  # fmt: skip
         """counts: partitions by topic, from kafka.checked_partitions."""
         self.pipeline, self.model = pipeline, model
         self.profiles_root = data_root / "profiles" / pipeline.instance / pipeline.definition
         self.dead_letters = 0
         self._counts = counts
-        self._producer: Any = None
-        self._address = kafka_address
+        self._address, self._delivery = kafka_address, delivery
         self._web: Any = None
         self._host, self._port = host, port
         self.url = f"http://{host}:{port}"
@@ -147,6 +151,7 @@ class Worker:
         self._mirror = Mirror(connect(redis_url), pipeline) if redis_url else None
         self.mirror = MirrorAgent(self.stages, self._mirror) if self._mirror else None
         # Made when the loop runs, by `start`.
+        self.producer: Producer
         self.outbox: Outbox
         self.score: Score
         self.route: Route | None = None
@@ -176,10 +181,9 @@ class Worker:
     async def start(self) -> None:
         """Before the first partition is assigned."""
         pipeline = self.pipeline
-        self._producer = kafka.producer(self._address)
-        await self._producer.start()
-        await kafka.know_topics(self._producer, pipeline)
-        self.outbox = Outbox(self._producer, _now_ms, stop_at_once)
+        self.producer = Producer(self._address, f"headrace-{pipeline.instance}", self._delivery)
+        await self.producer.start(kafka.wanted_topics(pipeline))
+        self.outbox = Outbox(self.producer, _now_ms, stop_at_once)
         self.score = Score(pipeline, self.stages[-1], self.model, self.outbox, self._reject)
         if pipeline.labels is not None and any(e.labelled for e in pipeline.entities):
             self.route = Route(pipeline, self.outbox, self._reject_record, self._counts)
@@ -213,7 +217,7 @@ class Worker:
             await self._web.cleanup()
         if self._mirror is not None:
             await self._mirror.close()
-        await self._producer.stop()
+        await self.producer.stop()
 
     def agents(self, app: faust.App) -> None:
         """Declare the Faust agents: one for the labels, one for each entity."""

@@ -1,7 +1,6 @@
 """The outbox with a producer that fails or waits on demand, as no real broker does when it is asked to."""
 
 import asyncio
-from collections.abc import Awaitable
 from typing import Any
 
 import pytest
@@ -30,14 +29,14 @@ class Producer:
         self.sent: list[tuple[str, int, list[bytes]]] = []
         self.waiting: list[asyncio.Future[None]] = []
 
-    def create_batch(self) -> Batch:
+    def create_batch(self, topic: str, partition: int) -> Batch:
         return Batch()
 
-    async def send_batch(self, batch: Batch, topic: str, *, partition: int) -> Awaitable[None]:
+    async def send_batch(self, batch: Batch, topic: str, partition: int) -> None:
         self.sent.append((topic, partition, batch.records))
         future = asyncio.get_running_loop().create_future()
         self.waiting.append(future)
-        return future
+        await future
 
     async def acknowledge(self) -> None:
         """Acknowledge what is in flight, and let what follows from it happen."""
