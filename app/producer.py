@@ -21,7 +21,6 @@ from aiokafka.errors import (
     CoordinatorLoadInProgressError,
     CoordinatorNotAvailableError,
     KafkaConnectionError,
-    KafkaError,
     NodeNotReadyError,
     NotCoordinatorError,
     ProducerFenced,
