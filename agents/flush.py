@@ -51,7 +51,7 @@ class Flush:
             while self._taken:
                 stage, snapshot = self._taken.popleft()
                 stage.write(snapshot)
-                self._committed(stage.entity.log, snapshot.partition, snapshot.position)
+                self._committed(stage.entity.log, snapshot.partition, snapshot.progress.position)
                 await asyncio.sleep(0)
             # 4. the router's place, which is all the state that it has
             for partition, position in routed.items():

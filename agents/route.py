@@ -14,7 +14,8 @@ from agents.outbox import Outbox
 from models.events import Key, LabelBatch, LabelDecoder, key_bytes
 from models.partitions import partitions_of
 from models.pipeline import Pipeline
-from models.records import RecordCodec
+from models.records import NEVER, RecordCodec, chain
+from models.windows import Ints
 from tables.profiles import Polled, Record
 
 RejectRecord = Callable[[str, int, Record, str], None]  # topic, partition, record, reason
@@ -36,7 +37,19 @@ class Route:
         ]
         self._outbox, self._reject, self._partitions = outbox, reject, partitions
         self.positions: dict[int, int] = {}
+        # Not stored: what the router sends first after a start has no known predecessor.
+        self._sent: dict[str, Ints] = {}
         self.routed = 0
+
+    def start_at(self, positions: dict[int, int]) -> None:
+        """Route these label partitions from these offsets on."""
+        self.positions = positions
+        self._sent = {
+            entity.log: np.full(
+                (self._partitions[self._topic], self._partitions[entity.log]), NEVER, np.int64
+            )
+            for entity, _ in self._to
+        }
 
     def handle(self, polled: Polled) -> None:
         """Take one micro-batch all the way."""
@@ -50,17 +63,20 @@ class Route:
             self._reject(self._topic, int(origins[bad.index]), records[bad.index], bad.reason)
         offsets = np.array([r.offset for r in records], np.int64)
         for entity, codec in self._to:
-            values = codec.encode_labels(labels, origins[kept], offsets[kept])
-            self._send(entity.log, labels.keys[entity.key], labels, values)
+            self._send(entity.log, codec, labels, labels.keys[entity.key], origins[kept], offsets[kept])
         self.routed += len(kept)
         for partition, found in held:
             self.positions[partition] = found[-1].offset + 1
 
-    def _send(self, log: str, entity_keys: list[Key], labels: LabelBatch, values: list[bytes]) -> None:
+    def _send(
+        self, log: str, codec: RecordCodec, labels: LabelBatch, entity_keys: list[Key], origins: Ints, offsets: Ints
+    ) -> None:  # fmt: skip
         """A label whose event has no such key has no profile to go to."""
-        keys = [None if k is None else key_bytes(k) for k in entity_keys]
-        targets = partitions_of(keys, labels.ids, self._partitions[log]).tolist()
-        keyed = [i for i, key in enumerate(keys) if key is not None]
-        self._outbox.put_many(
-            log, [targets[i] for i in keyed], [keys[i] for i in keyed], [values[i] for i in keyed]
+        keyed = np.array([i for i, key in enumerate(entity_keys) if key is not None], np.int64)
+        labels, origins, offsets = labels.take(keyed), origins[keyed], offsets[keyed]
+        keys = [key_bytes(entity_keys[i]) for i in keyed.tolist()]
+        targets = partitions_of(keys, labels.ids, self._partitions[log])
+        values = codec.encode_labels(
+            labels, origins, offsets, chain(origins, targets, offsets, self._sent[log])
         )
+        self._outbox.put_many(log, targets.tolist(), keys, values)

@@ -56,8 +56,8 @@ class Score:
         if self._id_text is not None:
             ids = [getattr(self._id_text(p), self._id_field) for p in events.payloads]
         values = self._encoder.encode(
-            ids, events.times, vectors, (outcomes == LATE) | (outcomes == TOO_LATE), self._model,
-            logs, applied.offsets[on],
+            ids, events.times, vectors, (outcomes == LATE) | (outcomes == TOO_LATE),
+            applied.degraded[on], self._model, logs, applied.offsets[on],
         )  # fmt: skip
         # 3. predictions go to the partition of the log's number, so one number drops all doubles
         keys = [str(i).encode() for i in ids]

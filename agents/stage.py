@@ -49,7 +49,11 @@ class Stage:
             return
         events = applied.batch.where(on)
         keys = self._keys(events)
-        values = self._codec.encode(events, applied.features[on], applied.logs[on], applied.offsets[on])
-        targets = partitions_of(keys, events.ids, self._partitions).tolist()
-        self._outbox.put_many(self._next, targets, keys, values)
+        targets = partitions_of(keys, events.ids, self._partitions)
+        logs, offsets = applied.logs[on], applied.offsets[on]
+        values = self._codec.encode(
+            events, applied.features[on], logs, offsets, self._profiles.chain(logs, targets, offsets),
+            applied.degraded[on],
+        )  # fmt: skip
+        self._outbox.put_many(self._next, targets.tolist(), keys, values)
         # 3. the position follows in the next flush, once these are acknowledged

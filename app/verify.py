@@ -17,7 +17,7 @@ from models.events import Batch, EventDecoder, event_id
 from models.history import History, fold_entity, vectors_of
 from models.pipeline import Entity, Pipeline
 from models.predictions import Prediction, decode
-from models.records import RecordCodec, fresh
+from models.records import NEVER, NEWS, RecordCodec, fresh
 from models.vectors import Vectors
 from models.windows import DUPLICATE, EVENT, Floats, Ints
 
@@ -104,10 +104,10 @@ async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
         records, logs, _ = await _read(address, entity.log)
         codec = RecordCodec(pipeline, number)
         batch, kept, _ = codec.decode([r.value or b"" for r in records], [r.key for r in records])
-        assert batch.sources is not None and batch.offsets is not None
+        assert batch.sources is not None and batch.offsets is not None and batch.previous is not None
         width = int(batch.sources.max(initial=0)) + 1
-        seen = np.full((int(logs.max(initial=0)) + 1, width), -1, np.int64)
-        news = np.flatnonzero(fresh(logs[kept], batch.sources, batch.offsets, seen))
+        seen = np.full((int(logs.max(initial=0)) + 1, width), NEVER, np.int64)
+        news = np.flatnonzero(fresh(logs[kept], batch.sources, batch.offsets, batch.previous, seen) == NEWS)
         batch = batch.take(news)
         features, outcomes = _fold(entity, batch, numeric)
         on = np.flatnonzero((batch.kinds == EVENT) & (outcomes != DUPLICATE))

@@ -89,23 +89,26 @@ class Partitions:
             if stage is None:  # labels: the router keeps no store, and sends again what it must
                 offset = committed[tp]
                 starts[tp] = first[tp] if offset is None or offset < first[tp] else offset
-                assert worker.route is not None
-                worker.route.positions[tp.partition] = starts[tp]
                 continue
             position = await asyncio.to_thread(stage.open, tp.partition)
-            if position is not None and not first[tp] <= position <= ends[tp]:
+            if position is not None and position > ends[tp]:
                 raise HeadraceError(
-                    f"The store of {tp.topic} partition {tp.partition} is at offset {position}, but the log holds "
-                    f"{first[tp]} to {ends[tp]}. If the topic was made anew, remove {worker.profiles_root}; "
+                    f"The store of {tp.topic} partition {tp.partition} is at offset {position}, but the log ends at "
+                    f"{ends[tp]}. If the topic was made anew, remove {worker.profiles_root}; "
                     "the profiles are folded again from the log."
                 )
-            if position is None and first[tp] > 0:
+            starts[tp] = max(position or 0, first[tp])
+            cut = starts[tp] > (position or 0)
+            if cut:
                 log.warning(
-                    "%s partition %d has no store here and its log begins at offset %d: values lack what "
-                    "retention has cut until the longest window has passed", tp.topic, tp.partition, first[tp],
+                    "%s partition %d: retention has cut the log behind this store, offsets %d to %d are missing",
+                    tp.topic, tp.partition, position or 0, first[tp] - 1,
                 )  # fmt: skip
-            starts[tp] = first[tp] if position is None else position
-            stage.start_at(tp.partition, starts[tp])
+            stage.start_at(tp.partition, starts[tp], cut)
+        if worker.route is not None:
+            worker.route.start_at(
+                {tp.partition: starts[tp] for tp in assigned if tp.topic not in worker.by_log}
+            )
         self.taken = bool(assigned)
         held = ", ".join(f"{len(s.partitions)} of {s.entity.log}" for s in worker.stages)
         say(f"{worker.pipeline.instance}: holds {held}; model {worker.model.card.version}; {worker.url}")
@@ -122,7 +125,7 @@ class Partitions:
                 stage.close(partition)
         await worker.producer.release()
         if worker.route is not None:
-            worker.route.positions.clear()
+            worker.route.start_at({})
 
     def committed(self, topic: str, partition: int, position: int) -> None:
         self.committable[TP(topic, partition)] = position
@@ -176,6 +179,7 @@ class Worker:
             max(self._counts.values()) if number else partitions,
             [f.name for f in pipeline.stream.numeric],
             None if number else partial(partition_of, count=partitions),
+            self._counts[pipeline.entities[number + 1].log] if number + 1 < len(pipeline.entities) else 0,
         )  # fmt: skip
 
     async def start(self) -> None:

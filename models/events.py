@@ -48,8 +48,9 @@ class Batch:
     kinds, labels: (n,) int8; times, ids: (n,) int64; clocks: (n,) int64 ms, when the record happened
     (an event's time, or when its label became known); fields: (n, f) int64 block; features: (n, k)
     of the entities before; keys: what each is keyed by; payloads: the original JSON.
-    sources: (n,) composite origin (see models.records), offsets: (n,) origin offsets; both only in
-    records between stages.
+    Only in records between stages: sources: (n,) composite origin (see models.records); offsets: (n,) of
+    the origin, previous: (n,) of the record before it from there; degraded: (n,) whose features lack
+    what retention has cut.
     """
 
     kinds: Bytes
@@ -63,6 +64,8 @@ class Batch:
     payloads: list[bytes]
     sources: Ints | None = None
     offsets: Ints | None = None
+    previous: Ints | None = None
+    degraded: npt.NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -86,6 +89,8 @@ class Batch:
             [self.payloads[i] for i in picks],
             None if self.sources is None else self.sources[index],
             None if self.offsets is None else self.offsets[index],
+            None if self.previous is None else self.previous[index],
+            None if self.degraded is None else self.degraded[index],
         )
 
 
@@ -201,6 +206,14 @@ class LabelBatch:
     states: Bytes
     clocks: Ints
     keys: dict[str, list[Key]]
+
+    def take(self, index: Ints) -> LabelBatch:
+        """These labels, in this order. index: (m,) int64."""
+        picks = index.tolist()
+        return LabelBatch(
+            self.times[index], self.ids[index], self.states[index], self.clocks[index],
+            {field: [keys[i] for i in picks] for field, keys in self.keys.items()},
+        )  # fmt: skip
 
 
 class LabelDecoder:

@@ -2,7 +2,7 @@
 
     {"id": 7, "event_time": 1378000000000, "score": 0.41, "decision": "review", "model": "card-fraud",
      "version": "5f0c...", "definition": "7cb3...", "late": false,
-     "origin": {"partition": 3, "offset": 1201}, "features": {"TX_AMOUNT": 57.16, ...}}
+     "degraded": false, "origin": {"partition": 3, "offset": 1201}, "features": {"TX_AMOUNT": 57.16, ...}}
 
 `origin` is the place in the last entity's log: with the definition it is all that is needed to
 compute the prediction again, and it is the one number by which a consumer drops doubles.
@@ -14,10 +14,13 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from models.pipeline import Pipeline
 from models.scoring import Model
-from models.windows import Bytes, Floats, Ints
+from models.windows import Floats, Ints
+
+Mask = npt.NDArray[np.bool_]
 
 
 class Origin(msgspec.Struct, gc=False):
@@ -33,7 +36,8 @@ class PredictionEncoder:
         self._features: Any = None
         fields: list[tuple[str, Any]] = [
             ("id", Any), ("event_time", int), ("score", float), ("decision", str), ("model", str),
-            ("version", str), ("definition", str), ("late", bool), ("origin", Origin),
+            ("version", str), ("definition", str), ("late", bool), ("degraded", bool),
+            ("origin", Origin),
         ]  # fmt: skip
         if pipeline.predictions_carry_features:
             self._features = msgspec.defstruct(
@@ -44,10 +48,10 @@ class PredictionEncoder:
         self._encode = msgspec.json.Encoder().encode
 
     def encode(
-        self, ids: list[int] | list[str], times: Ints, vectors: Floats, late: Bytes, model: Model,
-        partitions: Ints, offsets: Ints,
+        self, ids: list[int] | list[str], times: Ints, vectors: Floats, late: Mask, degraded: Mask,
+        model: Model, partitions: Ints, offsets: Ints,
     ) -> list[bytes]:  # fmt: skip
-        """Score and encode n events. NaN becomes null."""
+        """Score and encode n events. NaN becomes null. late, degraded: (n,)."""
         scores = model.score_many(vectors)
         decisions = model.decide(scores)
         card, definition = model.card, self.pipeline.definition
@@ -56,13 +60,13 @@ class PredictionEncoder:
         return [
             encode(
                 prediction(
-                    id_, time, score, decision, card.pipeline, card.version, definition, is_late,
+                    id_, time, score, decision, card.pipeline, card.version, definition, is_late, is_degraded,
                     Origin(partition, offset), *tail,
                 )
             )
-            for id_, time, score, decision, is_late, partition, offset, tail in zip(
+            for id_, time, score, decision, is_late, is_degraded, partition, offset, tail in zip(
                 ids, times.tolist(), scores.astype(np.float64).tolist(), decisions, late.tolist(),
-                partitions.tolist(), offsets.tolist(), tails, strict=True,
+                degraded.tolist(), partitions.tolist(), offsets.tolist(), tails, strict=True,
             )
         ]  # fmt: skip
 
@@ -80,6 +84,7 @@ class Prediction(msgspec.Struct):
     late: bool
     origin: Origin
     features: dict[str, float | None] = {}
+    degraded: bool = False
 
 
 decode = msgspec.json.Decoder(Prediction).decode

@@ -1,11 +1,13 @@
 """The record between stages: what a stage hands on, as fixed-width bytes and the original event.
 
 A record carries its origin (which log of whom, partition, offset) so that its receiver can drop
-what it has seen, the numeric block of the event, and the features so far. Decoding a batch is one
+what it has seen, and the offset of the record that went before it from there to this partition, so
+that the receiver notices one that is missing; further the numeric block of the event, and the
+features so far. Decoding a batch is one
 `frombuffer`, whatever the number of fields. Little-endian throughout:
 
-    magic u4 | layout u4 | kind i1 | label i1 | source i2 | partition i4 | offset i8 | time i8 | id i8 | clock i8
-    | fields i8 x f | features f8 x k | the original JSON
+    magic u4 | layout u4 | kind i1 | label i1 | source i1 | degraded i1 | partition i4 | offset i8 | previous i8
+    | time i8 | id i8 | clock i8 | fields i8 x f | features f8 x k | the original JSON
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import numpy.typing as npt
 
 from models.events import Batch, Decoded, LabelBatch, Reject, key_bytes, texts
 from models.pipeline import Pipeline
-from models.windows import EVENT, LABEL, Floats, Ints, jit
+from models.windows import EVENT, LABEL, Bytes, Floats, Ints, jit
+
+Mask = npt.NDArray[np.bool_]
 
 _MAGIC = 0x52_44_52_48  # "HRDR"
 
@@ -35,18 +39,25 @@ class RecordCodec:
         self.fields = len(pipeline.stream.numeric)
         self.dtype = np.dtype(
             [
-                ("magic", "<u4"), ("layout", "<u4"), ("kind", "i1"), ("label", "i1"), ("source", "<i2"),
-                ("partition", "<i4"),
-                ("offset", "<i8"), ("time", "<i8"), ("id", "<i8"), ("clock", "<i8"),
+                ("magic", "<u4"), ("layout", "<u4"), ("kind", "i1"), ("label", "i1"), ("source", "i1"),
+                ("degraded", "i1"), ("partition", "<i4"),
+                ("offset", "<i8"), ("previous", "<i8"), ("time", "<i8"), ("id", "<i8"), ("clock", "<i8"),
                 ("fields", "<i8", (self.fields,)), ("features", "<f8", (self.carried,)),
             ]
         )  # fmt: skip
         # Another definition must not read these bytes as its own.
         self.layout = zlib.crc32(f"{pipeline.definition} {stage} {self.dtype}".encode())
 
-    def encode(self, batch: Batch, features: Floats, partitions: Ints, offsets: Ints) -> list[bytes]:
-        """A stage's records for its events. partitions, offsets: (n,) where each stood in its log."""
-        heads = self._heads(len(batch), EVENT, FROM_STAGE, partitions, offsets)
+    def encode(
+        self, batch: Batch, features: Floats, partitions: Ints, offsets: Ints, previous: Ints, degraded: Mask
+    ) -> list[bytes]:
+        """A stage's records for its events.
+
+        partitions, offsets: (n,) where each stood in its log; previous: (n,) by `Chain`; degraded: (n,)
+        whose features lack what retention has cut.
+        """
+        heads = self._heads(len(batch), EVENT, FROM_STAGE, partitions, offsets, previous)
+        heads["degraded"] = degraded
         heads["time"], heads["id"], heads["clock"] = batch.times, batch.ids, batch.clocks
         heads["fields"] = batch.fields
         heads["features"][:, : batch.features.shape[1]] = batch.features
@@ -55,9 +66,11 @@ class RecordCodec:
         raw = heads.tobytes()
         return [raw[i * size : (i + 1) * size] + json for i, json in enumerate(batch.payloads)]
 
-    def encode_labels(self, batch: LabelBatch, partitions: Ints, offsets: Ints) -> list[bytes]:
+    def encode_labels(
+        self, batch: LabelBatch, partitions: Ints, offsets: Ints, previous: Ints
+    ) -> list[bytes]:
         """The router's records for its labels."""
-        heads = self._heads(len(batch.times), LABEL, FROM_LABELS, partitions, offsets)
+        heads = self._heads(len(batch.times), LABEL, FROM_LABELS, partitions, offsets, previous)
         heads["time"], heads["id"], heads["clock"] = batch.times, batch.ids, batch.clocks
         heads["label"] = batch.states
         size = self.dtype.itemsize
@@ -92,14 +105,18 @@ class RecordCodec:
             payloads=[values[i][size:] for i in picks],
             sources=source(heads["source"], heads["partition"]),
             offsets=heads["offset"].copy(),
+            previous=heads["previous"].copy(),
+            degraded=heads["degraded"] != 0,
         )
         return batch, kept, rejects
 
-    def _heads(self, n: int, kind: int, writer: int, partitions: Ints, offsets: Ints) -> npt.NDArray[np.void]:
+    def _heads(
+        self, n: int, kind: int, writer: int, partitions: Ints, offsets: Ints, previous: Ints
+    ) -> npt.NDArray[np.void]:
         heads = np.zeros(n, self.dtype)
         heads["magic"], heads["layout"] = _MAGIC, self.layout
         heads["kind"], heads["source"] = kind, writer
-        heads["partition"], heads["offset"] = partitions, offsets
+        heads["partition"], heads["offset"], heads["previous"] = partitions, offsets, previous
         return heads
 
 
@@ -124,18 +141,51 @@ def next_keys(pipeline: Pipeline, stage: int) -> Callable[[Batch], list[bytes | 
 
 
 @jit
-def fresh(logs: Ints, sources: Ints, offsets: Ints, seen: Ints) -> npt.NDArray[np.bool_]:
+def chain(partitions: Ints, targets: Ints, offsets: Ints, sent: Ints) -> Ints:
+    """The offset of the record that went before each to the same target, -1 where none did; remember these.
+
+    partitions, targets, offsets: (n,) of origin, receiver, origin; sent: (partitions, targets).
+    """
+    previous = np.empty(len(offsets), np.int64)
+    for i in range(len(offsets)):
+        previous[i] = sent[partitions[i], targets[i]]
+        sent[partitions[i], targets[i]] = offsets[i]
+    return previous
+
+
+# What `fresh` makes of a record: seen before, news, or behind one that is missing.
+SEEN, NEWS, GAP = 0, 1, 2
+NEVER = -1  # in `seen`: nothing has come of this source
+LOOSE = -3  # in `seen`: LOOSE - h, where h was the highest, and the log has lost what came behind it
+
+
+@jit
+def fresh(logs: Ints, sources: Ints, offsets: Ints, previous: Ints, seen: Ints) -> Bytes:
     """Which records are news, and remember them. logs: (n,) rows of seen; seen: (logs, sources).
 
     Sound because each writer's offsets in one log increase: what is not above the highest seen is
-    an old record sent again.
+    an old record sent again. A record whose predecessor has not come is no news either: it comes
+    again, when its writer has sent what is missing.
     """
-    result = np.empty(len(logs), np.bool_)
+    result = np.empty(len(logs), np.int8)
     for i in range(len(logs)):
-        result[i] = offsets[i] > seen[logs[i], sources[i]]
-        if result[i]:
+        highest = seen[logs[i], sources[i]]
+        loose = highest < NEVER
+        if loose:
+            highest = LOOSE - highest
+        if offsets[i] <= highest:
+            result[i] = SEEN
+        elif previous[i] > highest and not loose:
+            result[i] = GAP
+        else:
+            result[i] = NEWS
             seen[logs[i], sources[i]] = offsets[i]
     return result
+
+
+def loosened(seen: Ints) -> Ints:
+    """`seen` where the log may have lost records: what comes next of each source is taken as it is."""
+    return np.where(seen >= NEVER, LOOSE - seen, seen)
 
 
 def in_step(partitions: Ints, clocks: Ints) -> Ints | None:

@@ -1,7 +1,8 @@
 """The mirror: each profile's feature values in Redis, a hash per entity, for readers.
 
     headrace:<pipeline>:<entity>:<id>   _time (event time of the values, ms), _offset, _definition,
-                                        and a field per feature; "null" where it has no value
+                                        _degraded (1 where they lack what retention has cut), and
+                                        a field per feature; "null" where it has no value
 
 Many profiles go in one script call, which also keeps an old owner from overwriting: an offset below
 the stored one changes nothing, unless another definition wrote it.
@@ -19,7 +20,7 @@ from models.pipeline import Entity, Pipeline
 from tables.profiles import Touched
 
 # KEYS: the profiles. ARGV: definition, life in ms, number of features, their names, then for each
-# profile its event time, its offset and its values.
+# profile its event time, its offset, whether it is degraded, and its values.
 _WRITE = """
 local names, width = {}, tonumber(ARGV[3])
 for k = 1, width do names[k] = ARGV[3 + k] end
@@ -27,16 +28,18 @@ local at, written = 3 + width, 0
 for i, key in ipairs(KEYS) do
   local old = redis.call('HMGET', key, '_offset', '_definition')
   if not old[1] or old[2] ~= ARGV[1] or tonumber(old[1]) <= tonumber(ARGV[at + 2]) then
-    local fields = {'_time', ARGV[at + 1], '_offset', ARGV[at + 2], '_definition', ARGV[1]}
+    local fields = {
+      '_time', ARGV[at + 1], '_offset', ARGV[at + 2], '_degraded', ARGV[at + 3], '_definition', ARGV[1]
+    }
     for k = 1, width do
       fields[#fields + 1] = names[k]
-      fields[#fields + 1] = ARGV[at + 2 + k]
+      fields[#fields + 1] = ARGV[at + 3 + k]
     end
     redis.call('HSET', key, unpack(fields))
     redis.call('PEXPIRE', key, ARGV[2])
     written = written + 1
   end
-  at = at + 2 + width
+  at = at + 3 + width
 end
 return written
 """
@@ -51,6 +54,7 @@ class Mirrored:
     time: int
     offset: int
     definition: str
+    degraded: bool
     features: dict[str, float | None]
 
 
@@ -72,9 +76,11 @@ class Mirror:
         head: list[Any] = [self._definition, entity.retention, width, *entity.features]
         # One encoding for all values; JSON's shortest form reads back to the same bits.
         texts = msgspec.json.encode(touched.features.ravel().tolist())[1:-1].split(b",") if width else []
-        times, offsets = touched.times.tolist(), touched.offsets.tolist()
+        times, offsets, degraded = (
+            column.tolist() for column in (touched.times, touched.offsets, touched.degraded.astype(int))
+        )
         for i in range(len(touched.keys)):
-            head += (times[i], offsets[i], *texts[i * width : (i + 1) * width])
+            head += (times[i], offsets[i], degraded[i], *texts[i * width : (i + 1) * width])
         written: int = await self._write([self.key(entity, k) for k in touched.keys], head)
         return written
 
@@ -87,6 +93,7 @@ class Mirror:
             int(found[b"_time"]),
             int(found[b"_offset"]),
             found[b"_definition"].decode(),
+            found.get(b"_degraded") == b"1",
             {name: msgspec.json.decode(found.get(name.encode(), b"null")) for name in entity.features},
         )
 

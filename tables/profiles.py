@@ -6,6 +6,8 @@ fold. `snapshot` gives what a flush writes. Nothing here waits, sends, or knows 
 
 from __future__ import annotations
 
+import datetime as dt
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,10 +18,13 @@ import numpy.typing as npt
 from models.events import Batch, Decoded, key_bytes
 from models.partitions import partitions_of
 from models.pipeline import Entity
-from models.records import fresh, in_step
-from models.windows import LABEL_EARLY, OUTCOMES, Arena, Bytes, Floats, Ints
-from tables.store import Snapshot, Store, StoreError
+from models.records import GAP, NEVER, NEWS, SEEN, chain, fresh, in_step, loosened
+from models.windows import LABEL_EARLY, NULL, OUTCOMES, Arena, Bytes, Floats, Ints
+from tables.store import Progress, Snapshot, Store, StoreError
 
+log = logging.getLogger(__name__)
+
+_FOR_NOW = np.iinfo(np.int64).max  # degraded, until the first record tells how long
 _NO_SLOT, _ABSENT, _MISPLACED = -1, -2, -3  # no key; not in memory; in another partition's log
 
 
@@ -47,7 +52,8 @@ class Applied:
     """What a micro-batch came to, in the order in which it was folded.
 
     logs, offsets: (n,) where each record stood; features: (n, k) of this entity; outcomes: (n,)
-    codes of models.windows. rejects: bad input, with partition, record and reason.
+    codes of models.windows; degraded: (n,) whose features, of this entity or one before, lack what
+    retention has cut. rejects: bad input, with partition, record and reason.
     """
 
     batch: Batch
@@ -55,6 +61,7 @@ class Applied:
     offsets: Ints
     features: Floats
     outcomes: Bytes
+    degraded: Mask
     rejects: list[tuple[int, Record, str]]
 
 
@@ -67,10 +74,12 @@ class Touched:
     features: Floats
     times: Ints
     offsets: Ints
+    degraded: Mask
 
 
 class Profiles:
-    """partitions: of the log. numeric: the names of the numeric block's columns.
+    """partitions: of the log, or of its writers' topics where those have more. numeric: the names of the
+    numeric block's columns. targets: partitions of the next entity's log.
 
     partition_of: where a key belongs, checked for each record where others than stages write the log.
     """
@@ -83,9 +92,12 @@ class Profiles:
         partitions: int,
         numeric: Sequence[str],
         partition_of: Callable[[bytes], int] | None = None,
+        targets: int = 0,
     ) -> None:
         self.entity = entity
-        self.counts = dict.fromkeys((*OUTCOMES, "seen", "rejected"), 0)
+        self.counts = dict.fromkeys((*OUTCOMES, "seen", "gap", "rejected"), 0)
+        # By partition and source: the highest offset that came before one that is missing.
+        self.gaps: dict[tuple[int, int], int] = {}
         self._decode = decode
         self._open_store = open_store
         self._partition_of = partition_of
@@ -95,7 +107,11 @@ class Profiles:
         self._stores: dict[int, Store] = {}
         self._positions: dict[int, int] = {}
         self._moved: set[int] = set()  # partitions that changed since the last snapshot
-        self._seen: Ints = np.full((partitions, 2 * partitions), -1, np.int64)
+        self._seen: Ints = np.full((partitions, 2 * partitions), NEVER, np.int64)
+        self._sent: Ints = np.full((partitions, targets), NEVER, np.int64)
+        self._clock: Ints = np.full(partitions, NULL, np.int64)
+        self._degraded_until: Ints = np.full(partitions, NULL, np.int64)
+        self._reach = int(entity.plan.bounds.max(initial=0))
         # By slot: whose it is, where its last record stood, what flush and mirror have yet to take.
         self._keys: list[Any] = []
         self._partition: Ints = np.full(64, -1, np.int64)
@@ -113,7 +129,8 @@ class Profiles:
         arena.unpack(arena.pack(one)[0])
         arena.read_at(one, one)
         partitions_of([b"0"], one, 1)
-        fresh(one, one, one, np.zeros((1, 1), np.int64))
+        fresh(one, one, one, one, np.zeros((1, 1), np.int64))
+        chain(one, one, one, np.zeros((1, 1), np.int64))
         in_step(one, one)
 
     # --- partitions ----------------------------------------------------------------------------
@@ -121,14 +138,26 @@ class Profiles:
     def open(self, partition: int) -> int | None:
         """Take a partition over. Returns its position, None where nothing was ever stored."""
         store = self._stores[partition] = self._open_store(partition)
-        self._seen[partition] = -1
-        for source, offset in store.seen.items():
+        progress = store.progress or Progress(0)
+        self._seen[partition] = self._sent[partition] = NEVER
+        for source, offset in progress.seen.items():
             self._seen[partition, source] = offset
-        return store.position
+        for target, offset in progress.sent.items():
+            self._sent[partition, target] = offset
+        self._clock[partition], self._degraded_until[partition] = progress.clock, progress.degraded_until
+        return store.progress.position if store.progress else None
 
-    def start_at(self, partition: int, position: int) -> None:
-        """The next offset to apply. Records before it are dropped."""
+    def start_at(self, partition: int, position: int, cut: bool = False) -> None:
+        """The next offset to apply. Records before it are dropped.
+
+        cut: the log has lost records before it that were not applied. What is missing is told when
+        the next one comes, and values are marked as degraded until the longest window has passed.
+        """
         self._positions[partition] = position
+        if cut:
+            self._seen[partition] = loosened(self._seen[partition])
+            self._degraded_until[partition] = _FOR_NOW
+            self._moved.add(partition)
 
     def close(self, partition: int) -> None:
         """Let a partition go. What was not flushed is folded again by its next owner."""
@@ -180,10 +209,15 @@ class Profiles:
                     f"{self.entity.log} has records of more partitions than its writers' topics had at the start; "
                     "restart the worker."
                 )
-            news = fresh(logs, batch.sources, batch.offsets, self._seen)
+            assert batch.previous is not None
+            found = fresh(logs, batch.sources, batch.offsets, batch.previous, self._seen)
+            news = found == NEWS
             if not news.all():
-                self.counts["seen"] += int((~news).sum())
+                self.counts["seen"] += int((found == SEEN).sum())
+                self._note_gaps(batch, logs, found == GAP)
                 batch, logs, offsets = batch.where(news), logs[news], offsets[news]
+            if self.gaps:
+                self._forget_gaps()
         slots = self._slots_of(batch.keys, logs)
         if self._partition_of is not None:
             at_home = self._at_home(slots, logs)
@@ -204,12 +238,44 @@ class Profiles:
         keyed = slots >= 0
         self._dirty[slots[keyed]] = True
         self._offset[slots[keyed]] = offsets[keyed]
+        degraded = self._degraded(batch, logs)
         changed = keyed & (outcomes != LABEL_EARLY)  # a label that waits for its event changes no value
         self._stale[slots[changed]] = True
         for code, count in enumerate(np.bincount(outcomes, minlength=len(OUTCOMES)).tolist()):
             self.counts[OUTCOMES[code]] += count
         self.counts["rejected"] += len(rejects)
-        return Applied(batch, logs, offsets, features, outcomes, rejects)
+        return Applied(batch, logs, offsets, features, outcomes, degraded, rejects)
+
+    def chain(self, logs: Ints, targets: Ints, offsets: Ints) -> Ints:
+        """The offset of the record that went before each to the same target, which the next stage checks."""
+        return chain(logs, targets, offsets, self._sent)
+
+    def _note_gaps(self, batch: Batch, logs: Ints, gap: Mask) -> None:
+        """Records behind one that is missing: left out, for they come again behind it."""
+        assert batch.sources is not None
+        self.counts["gap"] += int(gap.sum())
+        for i in np.flatnonzero(gap).tolist():
+            log_, source = int(logs[i]), int(batch.sources[i])
+            self.gaps.setdefault((log_, source), int(self._seen[log_, source]))
+
+    def _forget_gaps(self) -> None:
+        self.gaps = {at: highest for at, highest in self.gaps.items() if self._seen[at] == highest}
+
+    def _degraded(self, batch: Batch, logs: Ints) -> Mask:
+        """Which values lack what retention has cut. Follows the clocks of the partitions on the way."""
+        np.maximum.at(self._clock, logs, batch.clocks)
+        result = np.zeros(len(batch), np.bool_) if batch.degraded is None else batch.degraded
+        if self._degraded_until.max() == NULL:
+            return result
+        for partition in np.flatnonzero(self._degraded_until == _FOR_NOW).tolist():
+            first = batch.clocks[logs == partition]
+            if len(first):
+                self._degraded_until[partition] = until = int(first[0]) + self._reach
+                log.warning(
+                    "%s partition %d has lost what happened before %s: values are marked as degraded until "
+                    "the events of %s", self.entity.log, partition, _utc(int(first[0])), _utc(until),
+                )  # fmt: skip
+        return result | (batch.times < self._degraded_until[logs])
 
     def _accept(self, polled: Polled) -> tuple[list[Record], Ints]:
         """What was polled from the positions on, which move behind it, and the partition of each record."""
@@ -287,11 +353,19 @@ class Profiles:
             slots = np.flatnonzero(self._dirty & (self._partition == partition))
             self._dirty[slots] = False
             keys = [key_bytes(self._keys[s]) for s in slots.tolist()]
-            seen = {int(s): int(o) for s, o in enumerate(self._seen[partition]) if o >= 0}
             packed = list(zip(keys, self._arena.pack(slots), strict=True))
-            result.append(Snapshot(partition, self._positions[partition], seen, packed))
+            result.append(Snapshot(partition, self._progress(partition), packed))
         self._moved.clear()
         return result
+
+    def _progress(self, partition: int) -> Progress:
+        return Progress(
+            self._positions[partition],
+            {s: o for s, o in enumerate(self._seen[partition].tolist()) if o != NEVER},
+            {t: o for t, o in enumerate(self._sent[partition].tolist()) if o != NEVER},
+            int(self._clock[partition]),
+            int(self._degraded_until[partition]),
+        )
 
     def write(self, snapshot: Snapshot) -> None:
         """Profiles and position in one step; nothing if the partition was let go meanwhile."""
@@ -314,6 +388,7 @@ class Profiles:
             self._arena.read_at(slots, times),
             times,
             self._offset[slots],
+            times < self._degraded_until[self._partition[slots]],
         )
 
     def touch(self, touched: Touched) -> None:
@@ -321,3 +396,7 @@ class Profiles:
         for slot, key in zip(touched.slots.tolist(), touched.keys, strict=True):
             if self._partition[slot] >= 0 and key_bytes(self._keys[slot]) == key:
                 self._stale[slot] = True
+
+
+def _utc(time: int) -> str:
+    return dt.datetime.fromtimestamp(time / 1000, dt.UTC).isoformat(timespec="minutes")

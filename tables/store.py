@@ -14,8 +14,9 @@ import msgspec
 from rocksdict import Options, Rdict, WriteBatch, WriteOptions
 
 from models.errors import HeadraceError
+from models.windows import NULL
 
-LAYOUT = 1  # of keys and values below
+LAYOUT = 2  # of keys and values below
 _META = b"\x00meta"  # no entity's key begins with a zero byte: keys have the prefix below
 _PROFILE = b"\x01"
 
@@ -24,28 +25,38 @@ class StoreError(HeadraceError):
     """A store that cannot be used: which, and what to do."""
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """What one flush writes: a state of the partition between two micro-batches.
+class Progress(msgspec.Struct, frozen=True):
+    """How far a partition's fold has come.
 
-    seen: the highest origin offset received from each source (models.records.source).
+    position: the next offset to apply. seen: by source, what has come of it (models.records.fresh).
+    sent: by partition of the next log, the last offset handed on to it. clock: the latest event time,
+    ms. degraded_until: values as of a time before this lack what retention has cut, ms.
     """
 
-    partition: int
     position: int
-    seen: dict[int, int]
+    seen: dict[int, int] = {}
+    sent: dict[int, int] = {}
+    clock: int = NULL
+    degraded_until: int = NULL
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one flush writes: a state of the partition between two micro-batches."""
+
+    partition: int
+    progress: Progress
     profiles: list[tuple[bytes, bytes]]
 
 
 class _Meta(msgspec.Struct):
     layout: int
     definition: str
-    position: int
-    seen: dict[int, int]
+    progress: Progress
 
 
 class Store:
-    """Open on construction; `position` is None in a new store."""
+    """Open on construction; `progress` is None in a new store."""
 
     def __init__(self, path: Path, definition: str) -> None:
         """Raises StoreError where another process holds the store, or another definition wrote it."""
@@ -68,8 +79,7 @@ class Store:
             ) from None
         self._unlogged = WriteOptions()
         self._unlogged.disable_wal = True
-        self.position: int | None = None
-        self.seen: dict[int, int] = {}
+        self.progress: Progress | None = None
         self._load()
 
     def _load(self) -> None:
@@ -83,7 +93,7 @@ class Store:
                 f"The store {self.path} was written for definition {meta.definition} (layout {meta.layout}), the "
                 f"pipeline is at {self._definition} (layout {LAYOUT}). Remove it: it is folded again from the log."
             )
-        self.position, self.seen = meta.position, meta.seen
+        self.progress = meta.progress
 
     def get(self, key: bytes) -> bytes | None:
         """The packed profile of an entity."""
@@ -91,13 +101,12 @@ class Store:
         return value
 
     def write(self, snapshot: Snapshot) -> None:
-        """Profiles, position and seen in one step. Not yet on disk: see `flush`."""
+        """Profiles and progress in one step. Not yet on disk: see `flush`."""
         batch = WriteBatch(raw_mode=True)
         for key, packed in snapshot.profiles:
             batch.put(_PROFILE + key, packed)
-        self.position, self.seen = snapshot.position, snapshot.seen
-        meta = _Meta(LAYOUT, self._definition, snapshot.position, snapshot.seen)
-        batch.put(_META, msgspec.msgpack.encode(meta))
+        self.progress = snapshot.progress
+        batch.put(_META, msgspec.msgpack.encode(_Meta(LAYOUT, self._definition, snapshot.progress)))
         try:
             self._db.write(batch, self._unlogged)
         except Exception as error:  # rocksdict raises plain Exception

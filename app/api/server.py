@@ -26,7 +26,10 @@ Ready = Callable[[], Awaitable[str | None]]  # None, or why not
 
 
 class Features(msgspec.Struct):
-    """An entity's features. `as_of`: event time of the newest event in them; age_s: since then."""
+    """An entity's features. `as_of`: event time of the newest event in them; age_s: since then.
+
+    degraded: they lack what retention had cut from the log before it was folded.
+    """
 
     pipeline: str
     entity: str
@@ -35,6 +38,7 @@ class Features(msgspec.Struct):
     age_s: float
     offset: int
     definition: str
+    degraded: bool
     features: dict[str, float | None]
 
 
@@ -128,7 +132,7 @@ async def _features(request: web.Request, pipeline: Pipeline, mirror: Mirror, no
         Features(
             pipeline.name, entity.name, id_, as_of.isoformat(timespec="milliseconds"),
             round(now - found.time / 1000, 3),
-            found.offset, found.definition, found.features,
+            found.offset, found.definition, found.degraded, found.features,
         )
     )  # fmt: skip
 

@@ -33,7 +33,7 @@ def touched(keys: list[bytes], value: float, offset: int, time: int = 1000) -> T
     """Profiles of the entity `tailnum`, which has two features."""
     n = len(keys)
     features = np.column_stack([np.full(n, value), np.full(n, math.nan)])
-    return Touched(np.arange(n), keys, features, np.full(n, time), np.full(n, offset))
+    return Touched(np.arange(n), keys, features, np.full(n, time), np.full(n, offset), np.zeros(n, np.bool_))
 
 
 async def test_values_are_read_back_to_the_bit(mirror: Mirror) -> None:

@@ -64,7 +64,7 @@ class Bench:
         packed = store.get(b"7")
         store.close()
         rows = 0 if packed is None else int.from_bytes(packed[8:16], "little")
-        return store.position, rows
+        return store.progress and store.progress.position, rows
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def encode(
     model: Any = Model(scores)
     return encoder.encode(
         ids or list(range(n)), np.arange(n) + 1000, np.array(vectors).reshape(n, WIDTH),
-        np.arange(n) % 2 == 1, model, np.arange(n) + 3, np.arange(n) + 2**40,
+        np.arange(n) % 2 == 1, np.arange(n) % 3 == 1, model, np.arange(n) + 3, np.arange(n) + 2**40,
     )  # fmt: skip
 
 
@@ -54,11 +54,13 @@ def test_a_prediction_says_what_it_is_of_and_who_made_it() -> None:
     first, second = encode([0.25, 0.75], np.arange(2 * WIDTH) / 4, ids=[7, -8])
     assert json.loads(first) == {
         "id": 7, "event_time": 1000, "score": 0.25, "decision": "pass", "model": "shop", "version": "5f0c",
-        "definition": SHOP.definition, "late": False, "origin": {"partition": 3, "offset": 2**40},
+        "definition": SHOP.definition, "late": False, "degraded": False,
+        "origin": {"partition": 3, "offset": 2**40},
         "features": dict(zip(SHOP.vector, [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75], strict=True)),
     }  # fmt: skip
     read = decode(second)
-    assert (read.id, read.score, read.decision, read.late, read.event_time) == (-8, 0.75, "block", True, 1001)
+    assert (read.id, read.score, read.decision, read.event_time) == (-8, 0.75, "block", 1001)
+    assert (read.late, read.degraded) == (True, True)
     assert (read.origin.partition, read.origin.offset) == (4, 2**40 + 1)
     assert list(read.features) == list(SHOP.vector)
 

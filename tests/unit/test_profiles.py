@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,7 @@ from models.partitions import partition_of
 from models.records import RecordCodec
 from models.windows import COUNT, DUPLICATE, LABEL, MEAN, NULL, OUTCOMES, SHARE, SUM, Aggregate
 from tables.profiles import Applied, Profiles
-from tables.store import Snapshot, Store
+from tables.store import Progress, Snapshot, Store
 from tests.fixtures.histories import bits, packed_of
 from tests.fixtures.logs import Fetched, Mortal, log, order
 from tests.fixtures.pipelines import shop
@@ -28,6 +29,8 @@ from tests.fixtures.pipelines import shop
 SHOP = shop()
 NUMERIC = [f.name for f in SHOP.stream.numeric]
 PARTITIONS = 3
+# Of records between stages: no predecessor, and nothing cut.
+NONE_BEFORE, SOUND = np.array([-1]), np.array([False])
 HOUR, DAY = 3_600_000, 86_400_000
 START = 1_599_000_000_000
 
@@ -218,7 +221,7 @@ def test_a_stage_says_what_its_log_says_whatever_becomes_of_it(
         # and what it leaves behind is what the log says, too
         for partition in range(PARTITIONS):
             store = Store(Path(root) / f"customer-{partition}", SHOP.definition)
-            assert (store.position or 0) == len(logs[partition])
+            assert (store.progress or Progress(0)).position == len(logs[partition])
             held = {c: packed for c in range(100) if (packed := store.get(key_bytes(c))) is not None}
             assert held == {c: packed_of(p) for c, p in profiles.items() if home(c) == partition}
             store.close()
@@ -240,23 +243,28 @@ def record_logs(draw: st.DrawFn) -> tuple[list[list[Fetched]], list[list[Fetched
     for upstream in range(3):
         n = draw(st.integers(0, 12))
         times = draw(st.lists(st.integers(0, 60), min_size=n, max_size=n))
-        own = []
+        own: list[tuple[int, bytes, bytes]] = []
+        sent = np.full(PARTITIONS, -1)
         for offset, hours in enumerate(times):
             id, name = draw(st.integers(0, 10)), draw(st.sampled_from(names))
-            at = START + hours * HOUR
+            at, target = START + hours * HOUR, partition_of(name.encode(), PARTITIONS)
+            before = np.array([sent[target]])
+            sent[target] = offset
             if upstream < 2:
                 raw = [order(id, SHOP=name, AT=at, ITEMS=draw(st.none() | st.integers(0, 9)))]
                 events, _, _ = decoder.decode(raw, np.array([at]))
                 features = np.array([[float(offset), hours / 7]])
-                (value,) = codec.encode(events, features, np.array([upstream]), np.array([offset]))
+                (value,) = codec.encode(
+                    events, features, np.array([upstream]), np.array([offset]), before, SOUND
+                )
             else:
                 state = draw(st.sampled_from([b"0", b"1", b"1", b"null"]))
                 raw = [b'{"ID": %d, "AT": %d, "SHOP": "%s", "RETURNED": %s, "KNOWN": %d}'
                        % (id, at, name.encode(), state, at + DAY)]  # fmt: skip
                 found, _, _ = labels.decode(raw)
-                (value,) = codec.encode_labels(found, np.array([0]), np.array([offset]))
+                (value,) = codec.encode_labels(found, np.array([0]), np.array([offset]), before)
             key = name.encode()
-            own.append((partition_of(key, PARTITIONS), key, value))
+            own.append((target, key, value))
         writers.append(own)
     # the order of arrival: the writers' records interleaved, each at times beginning anew
     clean: list[list[Fetched]] = [[] for _ in range(PARTITIONS)]
@@ -326,14 +334,19 @@ def test_what_is_sent_again_is_folded_once(
 def test_what_was_seen_is_dropped_and_counted_even_after_a_restart(tmp_path: Path) -> None:
     codec, decoder = RecordCodec(SHOP, 1), EventDecoder(SHOP)
     events, _, _ = decoder.decode([order(i, SHOP="north") for i in range(3)], np.full(3, START * 2))
-    values = codec.encode(events, np.zeros((3, 2)), np.array([2, 2, 1]), np.array([10, 11, 0]))
+    values = codec.encode(
+        events, np.zeros((3, 2)), np.array([2, 2, 1]), np.array([10, 11, 0]), NONE_BEFORE, SOUND
+    )
     p = partition_of(b"north", PARTITIONS)
     records = log([values[0], values[1], values[0], values[1], values[2]], [b"north"] * 5)
     profiles = opened(shops(tmp_path))
     assert profiles.apply([(p, records[:4])]).offsets.tolist() == [0, 1]
     assert profiles.counts["seen"] == 2
     (snapshot,) = profiles.snapshots()
-    assert (snapshot.position, snapshot.seen) == (4, {4: 11})  # source 4: partition 2 of the stage before
+    assert (snapshot.progress.position, snapshot.progress.seen) == (
+        4,
+        {4: 11},
+    )  # source 4: partition 2 of the stage before
     profiles.write(snapshot)
     profiles.close(p)
     profiles.start_at(p, profiles.open(p) or 0)
@@ -342,11 +355,69 @@ def test_what_was_seen_is_dropped_and_counted_even_after_a_restart(tmp_path: Pat
     assert profiles.counts["seen"] == 6
 
 
+def test_a_missing_record_is_noticed_held_up_and_mended(tmp_path: Path) -> None:
+    """Its successors are left out, also after a restart, and come again behind it."""
+    codec, decoder = RecordCodec(SHOP, 1), EventDecoder(SHOP)
+    events, _, _ = decoder.decode([order(i, SHOP="north") for i in range(4)], np.full(4, START * 2))
+    values = codec.encode(
+        events, np.zeros((4, 2)), np.full(4, 2), np.arange(4), np.array([-1, 0, 1, 2]), np.zeros(4, np.bool_)
+    )
+    p = partition_of(b"north", PARTITIONS)
+    broken = log([values[0], values[2], values[3]], [b"north"] * 3)
+    profiles = opened(shops(tmp_path))
+    assert profiles.apply([(p, broken)]).offsets.tolist() == [0]
+    assert (profiles.gaps, profiles.counts["gap"]) == ({(p, 4): 0}, 2)
+    for snapshot in profiles.snapshots():
+        profiles.write(snapshot)
+    profiles.close(p)
+    profiles.start_at(p, profiles.open(p) or 0)
+    again = [Fetched(3 + i, v, b"north") for i, v in enumerate(values)]
+    assert profiles.apply([(p, again)]).offsets.tolist() == [4, 5, 6]
+    assert (profiles.gaps, profiles.counts["seen"]) == ({}, 1)
+
+
+def test_what_a_cut_log_lacks_marks_values_until_the_longest_window_has_passed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    profiles = customers(tmp_path)
+    reach = int(SHOP.entities[0].plan.bounds.max())
+    customer = AT_HOME[0][0]
+    assert profiles.open(0) is None
+    profiles.start_at(0, 100, cut=True)
+    times = [START, START + reach - 1, START + reach, START + reach - 2]
+    records = [
+        Fetched(100 + i, order(i, AT=at, CUSTOMER=customer), key_bytes(customer), 2 * START)
+        for i, at in enumerate(times)
+    ]
+    marks = profiles.apply([(0, records[:1])]).degraded.tolist()
+    assert "customer.log partition 0 has lost what happened before 2020-09-01" in caplog.text.replace(
+        SHOP.entities[0].log, "customer.log"
+    )
+    assert profiles.touched(9).degraded.tolist() == [True]
+    for snapshot in profiles.snapshots():
+        profiles.write(snapshot)
+    profiles.close(0)
+    profiles.start_at(0, profiles.open(0) or 0)
+    marks += profiles.apply([(0, records[1:])]).degraded.tolist()
+    assert marks == [True, True, False, True]
+    assert profiles.touched(9).degraded.tolist() == [False]
+
+
+def test_values_of_a_degraded_stage_before_are_degraded(tmp_path: Path) -> None:
+    codec, decoder = RecordCodec(SHOP, 1), EventDecoder(SHOP)
+    events, _, _ = decoder.decode([order(i, SHOP="north") for i in range(2)], np.full(2, START * 2))
+    marks, zeros = np.array([True, False]), np.zeros(2, np.int64)
+    values = codec.encode(events, np.zeros((2, 2)), zeros, np.arange(2), np.arange(-1, 1), marks)
+    p = partition_of(b"north", PARTITIONS)
+    applied = opened(shops(tmp_path)).apply([(p, log(values, [b"north"] * 2))])
+    assert applied.degraded.tolist() == [True, False]
+
+
 def test_what_was_seen_but_not_written_is_folded_again(tmp_path: Path) -> None:
     """Let go without a flush, and taken again by the same process."""
     codec, decoder = RecordCodec(SHOP, 1), EventDecoder(SHOP)
     events, _, _ = decoder.decode([order(1, SHOP="north")], np.array([START * 2]))
-    (value,) = codec.encode(events, np.zeros((1, 2)), np.array([2]), np.array([10]))
+    (value,) = codec.encode(events, np.zeros((1, 2)), np.array([2]), np.array([10]), NONE_BEFORE, SOUND)
     p, profiles = partition_of(b"north", PARTITIONS), opened(shops(tmp_path))
     for _ in range(2):
         assert profiles.apply([(p, [Fetched(0, value, b"north")])]).offsets.tolist() == [0]
@@ -370,7 +441,7 @@ def test_records_before_the_position_are_dropped(tmp_path: Path) -> None:
     assert profiles.apply([(1, orders(customer, 1, 2, 3, 4, 5))]).offsets.tolist() == [4]
     assert profiles.apply([(1, [])]).offsets.tolist() == []
     assert profiles.counts["folded"] == 3
-    assert [s.position for s in profiles.snapshots()] == [5]
+    assert [s.progress.position for s in profiles.snapshots()] == [5]
 
 
 def test_records_of_a_partition_that_is_not_ours_are_dropped(tmp_path: Path) -> None:
@@ -405,14 +476,17 @@ def test_bad_input_is_handed_on_with_its_place(tmp_path: Path) -> None:
         (0, 2),
         (2, 1),
     ]
-    assert profiles.counts == dict.fromkeys((*OUTCOMES, "seen", "rejected"), 0) | {"folded": 3, "rejected": 3}
-    assert {s.partition: s.position for s in profiles.snapshots()} == {0: 4, 2: 2}
+    assert profiles.counts == dict.fromkeys((*OUTCOMES, "seen", "gap", "rejected"), 0) | {
+        "folded": 3,
+        "rejected": 3,
+    }
+    assert {s.partition: s.progress.position for s in profiles.snapshots()} == {0: 4, 2: 2}
 
 
 def test_a_poll_of_bad_input_alone_moves_the_position(tmp_path: Path) -> None:
     profiles = opened(customers(tmp_path))
     profiles.apply([(1, [Fetched(0, b"junk")])])
-    assert [(s.partition, s.position, s.profiles) for s in profiles.snapshots()] == [(1, 1, [])]
+    assert [(s.partition, s.progress.position, s.profiles) for s in profiles.snapshots()] == [(1, 1, [])]
 
 
 def test_a_misplaced_key_is_refused_and_changes_nothing(tmp_path: Path) -> None:
@@ -438,7 +512,7 @@ def test_a_misplaced_key_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     assert (applied.offsets.tolist(), applied.features[:, 0].tolist()) == ([3], [2.0])
     assert profiles.counts["rejected"] == 3
     (snapshot,) = profiles.snapshots()
-    assert (snapshot.position, [k for k, _ in snapshot.profiles]) == (5, [key_bytes(mine)])
+    assert (snapshot.progress.position, [k for k, _ in snapshot.profiles]) == (5, [key_bytes(mine)])
     assert profiles.size == 2
 
 
@@ -474,12 +548,16 @@ def test_a_snapshot_is_of_its_moment_and_of_what_changed(tmp_path: Path) -> None
     one, two = AT_HOME[0]
     profiles.apply([(0, orders(one, 1)), (1, orders(AT_HOME[1][0], 1))])
     first = profiles.snapshots()
-    before = [(s.position, s.seen, list(s.profiles)) for s in first]
+    before = [(s.progress.position, s.progress.seen, list(s.profiles)) for s in first]
     assert profiles.snapshots() == []
     profiles.apply([(0, orders(two, 5, first=1))])
     (second,) = profiles.snapshots()
-    assert (second.partition, second.position, [k for k, _ in second.profiles]) == (0, 2, [key_bytes(two)])
-    assert [(s.position, s.seen, list(s.profiles)) for s in first] == before
+    assert (second.partition, second.progress.position, [k for k, _ in second.profiles]) == (
+        0,
+        2,
+        [key_bytes(two)],
+    )
+    assert [(s.progress.position, s.progress.seen, list(s.profiles)) for s in first] == before
     assert [s.partition for s in first] == [0, 1]
 
 
@@ -570,7 +648,7 @@ def test_what_could_not_be_used_is_given_out_again(tmp_path: Path) -> None:
 def test_a_profile_of_labels_alone_is_stored_and_not_given_out(tmp_path: Path) -> None:
     codec, profiles = RecordCodec(SHOP, 1), opened(shops(tmp_path))
     labels, _, _ = LabelDecoder(SHOP).decode([b'{"ID": 1, "AT": 5, "SHOP": "x", "RETURNED": 1, "KNOWN": 9}'])
-    (value,) = codec.encode_labels(labels, np.array([0]), np.array([0]))
+    (value,) = codec.encode_labels(labels, np.array([0]), np.array([0]), NONE_BEFORE)
     p = partition_of(b"x", PARTITIONS)
     profiles.apply([(p, [Fetched(0, value, b"x")])])
     assert profiles.touched(10).keys == []
@@ -580,7 +658,7 @@ def test_a_profile_of_labels_alone_is_stored_and_not_given_out(tmp_path: Path) -
     profiles.close(p)
     profiles.start_at(p, profiles.open(p) or 0)
     events, _, _ = EventDecoder(SHOP).decode([order(1, SHOP="x", AT=5)], np.array([START]))
-    (value,) = codec.encode(events, np.zeros((1, 2)), np.array([0]), np.array([0]))
+    (value,) = codec.encode(events, np.zeros((1, 2)), np.array([0]), np.array([0]), NONE_BEFORE, SOUND)
     profiles.apply([(p, [Fetched(1, value, b"x")])])
     assert profiles.counts["label_early"] == profiles.counts["folded"] == 1
     packed = np.frombuffer(profiles.snapshots()[0].profiles[0][1], "<i8")
@@ -590,13 +668,13 @@ def test_a_profile_of_labels_alone_is_stored_and_not_given_out(tmp_path: Path) -
 def test_a_label_touches_what_it_changes(tmp_path: Path) -> None:
     codec, profiles, p = RecordCodec(SHOP, 1), opened(shops(tmp_path)), partition_of(b"x", PARTITIONS)
     events, _, _ = EventDecoder(SHOP).decode([order(1, SHOP="x", AT=START)], np.array([START]))
-    (event,) = codec.encode(events, np.zeros((1, 2)), np.array([0]), np.array([0]))
+    (event,) = codec.encode(events, np.zeros((1, 2)), np.array([0]), np.array([0]), NONE_BEFORE, SOUND)
     profiles.apply([(p, [Fetched(0, event, b"x")])])
     assert profiles.touched(10).keys == [b"x"]
     for n, (id, given_out) in enumerate([(2, []), (1, [b"x"])]):  # one waits for its event, one has it
         label = b'{"ID": %d, "AT": %d, "SHOP": "x", "RETURNED": 1, "KNOWN": %d}' % (id, START, START)
         labels, _, _ = LabelDecoder(SHOP).decode([label])
-        (value,) = codec.encode_labels(labels, np.array([0]), np.array([n]))
+        (value,) = codec.encode_labels(labels, np.array([0]), np.array([n]), NONE_BEFORE)
         profiles.apply([(p, [Fetched(n + 1, value, b"x")])])
         assert profiles.touched(10).keys == given_out
         assert [len(s.profiles) for s in profiles.snapshots()] == [1]
@@ -620,13 +698,13 @@ def test_a_mortal_store_loses_what_was_not_flushed(tmp_path: Path) -> None:
     """Else the crashes above would be none."""
     for kept, position in [(0, 1), (1, 2), (2, 3)]:
         store = Mortal(tmp_path / str(kept), "d1")
-        store.write(Snapshot(0, 1, {}, [(b"a", b"1")]))
+        store.write(Snapshot(0, Progress(1), [(b"a", b"1")]))
         store.flush()
-        store.write(Snapshot(0, 2, {}, [(b"a", b"2")]))
-        store.write(Snapshot(0, 3, {}, [(b"a", b"3")]))
-        assert (store.position, store.get(b"a")) == (3, b"3")
+        store.write(Snapshot(0, Progress(2), [(b"a", b"2")]))
+        store.write(Snapshot(0, Progress(3), [(b"a", b"3")]))
+        assert ((store.progress or Progress(0)).position, store.get(b"a")) == (3, b"3")
         store.crash(kept)
         for _ in range(2):  # for the next owner here, and from disk
-            assert (store.position, store.get(b"a")) == (position, b"%d" % position)
+            assert ((store.progress or Progress(0)).position, store.get(b"a")) == (position, b"%d" % position)
             store.close()
             store = Mortal(tmp_path / str(kept), "d1")

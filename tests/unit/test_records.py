@@ -12,7 +12,21 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from models.events import Batch, LabelBatch, key_bytes
-from models.records import FROM_LABELS, FROM_STAGE, RecordCodec, fresh, in_step, next_keys, source
+from models.records import (
+    FROM_LABELS,
+    FROM_STAGE,
+    GAP,
+    NEVER,
+    NEWS,
+    SEEN,
+    RecordCodec,
+    chain,
+    fresh,
+    in_step,
+    loosened,
+    next_keys,
+    source,
+)  # fmt: skip
 from models.windows import EVENT, LABEL, NEGATIVE, NULL, POSITIVE, UNKNOWN
 from tests.fixtures.histories import bits
 from tests.fixtures.pipelines import shop
@@ -52,8 +66,10 @@ def test_decoding_is_the_inverse_of_encoding(data: st.DataObject, batch: Batch) 
     features = data.draw(npst.arrays(np.float64, (n, 2)))
     partitions = data.draw(ints(n, st.integers(0, 2**31 - 1)))
     offsets = data.draw(ints(n, st.integers(0, 2**63 - 1)))
+    previous = data.draw(ints(n, st.integers(-1, 2**63 - 1)))
+    degraded = data.draw(npst.arrays(np.bool_, n))
     keys = [key_bytes(k) for k in batch.keys]
-    values = CODEC.encode(batch, features, partitions, offsets)
+    values = CODEC.encode(batch, features, partitions, offsets, previous, degraded)
     out, kept, rejects = CODEC.decode(values, keys)
     assert (kept.tolist(), rejects) == (list(range(n)), [])
     for name in ("kinds", "labels", "times", "ids", "clocks", "fields"):
@@ -62,7 +78,9 @@ def test_decoding_is_the_inverse_of_encoding(data: st.DataObject, batch: Batch) 
     assert (out.payloads, out.keys) == (batch.payloads, keys)
     assert out.sources is not None and out.offsets is not None
     assert out.sources.tolist() == source(np.zeros(n, np.int64), partitions).tolist()
+    assert out.previous is not None and out.degraded is not None
     assert out.offsets.tolist() == offsets.tolist()
+    assert (out.previous.tolist(), out.degraded.tolist()) == (previous.tolist(), degraded.tolist())
     # and what was taken out belongs to the batch, not to the bytes
     assert all(
         getattr(out, a).flags.writeable for a in ("kinds", "times", "ids", "clocks", "fields", "features")
@@ -76,7 +94,7 @@ def test_a_later_stage_carries_the_features_of_those_before(data: st.DataObject,
     n = len(batch)
     own = data.draw(npst.arrays(np.float64, (n, 2)))
     zeros = np.zeros(n, np.int64)
-    out, _, _ = third.decode(third.encode(batch, own, zeros, zeros), [b""] * n)
+    out, _, _ = third.decode(third.encode(batch, own, zeros, zeros, zeros, zeros > 0), [b""] * n)
     assert bits(out.features) == bits(np.hstack([batch.features, own]))
 
 
@@ -88,7 +106,9 @@ def test_labels_go_in_and_out() -> None:
         clocks=np.array([8, 9, 10]),
         keys={"SHOP": ["a", "b", None]},
     )
-    values = CODEC.encode_labels(labels, np.array([0, 3, 3]), np.array([100, 101, 102]))
+    values = CODEC.encode_labels(
+        labels, np.array([0, 3, 3]), np.array([100, 101, 102]), np.array([-1, -1, 101])
+    )
     out, kept, rejects = CODEC.decode(values, [b"a", b"b", None])
     assert (kept.tolist(), rejects) == ([0, 1, 2], [])
     assert out.kinds.tolist() == [LABEL] * 3
@@ -96,13 +116,16 @@ def test_labels_go_in_and_out() -> None:
     assert (out.times.tolist(), out.ids.tolist(), out.clocks.tolist()) == ([5, 6, 7], [1, -2, 3], [8, 9, 10])
     assert (out.keys, out.payloads) == ([b"a", b"b", None], [b""] * 3)
     assert out.offsets is not None and out.offsets.tolist() == [100, 101, 102]
+    assert out.previous is not None and out.previous.tolist() == [-1, -1, 101]
     assert out.sources is not None
     assert out.sources.tolist() == source(np.full(3, FROM_LABELS), np.array([0, 3, 3])).tolist()
 
 
 def test_records_are_taken_with_their_origin() -> None:
     labels = LabelBatch(np.arange(3), np.arange(3), np.zeros(3, np.int8), np.arange(3), {"SHOP": [None] * 3})
-    batch, _, _ = CODEC.decode(CODEC.encode_labels(labels, np.arange(3), np.array([7, 8, 9])), [None] * 3)
+    batch, _, _ = CODEC.decode(
+        CODEC.encode_labels(labels, np.arange(3), np.array([7, 8, 9]), np.arange(3)), [None] * 3
+    )
     taken = batch.take(np.array([2, 0]))
     assert taken.sources is not None and taken.offsets is not None
     assert (taken.sources.tolist(), taken.offsets.tolist()) == ([5, 1], [9, 7])
@@ -120,7 +143,7 @@ def one_record(codec: RecordCodec = CODEC) -> bytes:
     labels = LabelBatch(
         np.array([5]), np.array([1]), np.array([POSITIVE], np.int8), np.array([8]), {"SHOP": ["a"]}
     )
-    return codec.encode_labels(labels, np.array([0]), np.array([100]))[0]
+    return codec.encode_labels(labels, np.array([0]), np.array([100]), np.array([-1]))[0]
 
 
 @pytest.mark.parametrize(
@@ -209,20 +232,72 @@ def test_fresh_is_what_is_above_all_seen(batches: list[list[tuple[int, int, int]
         for log, writer, offset in batch:
             expected.append(offset > highest.get((log, writer), -1))
             highest[log, writer] = max(offset, highest.get((log, writer), -1))
-        assert fresh(logs, sources, offsets, seen).tolist() == expected
+        none_before = np.full(len(logs), NEVER)
+        found = fresh(logs, sources, offsets, none_before, seen)
+        assert found.tolist() == [NEWS if new else SEEN for new in expected]
     assert {(log, s): int(seen[log, s]) for log in range(3) for s in range(4) if seen[log, s] >= 0} == {
         at: offset for at, offset in highest.items() if offset >= 0
     }
 
 
-@given(st.lists(st.integers(0, 30), max_size=30, unique=True), st.data())
+WRITTEN = st.lists(st.integers(0, 30), max_size=30, unique=True).map(sorted)
+
+
+def taken(offsets: list[int], previous: list[int], seen: Any) -> list[int]:
+    """What of one source a receiver takes, in its order."""
+    zeros = np.zeros(len(offsets), np.int64)
+    found = fresh(zeros, zeros, np.array(offsets, np.int64), np.array(previous, np.int64), seen)
+    return [o for o, what in zip(offsets, found.tolist(), strict=True) if what == NEWS]
+
+
+@given(WRITTEN, st.data())
 def test_what_is_sent_again_is_dropped_and_nothing_else(offsets: list[int], data: st.DataObject) -> None:
     """A writer's offsets increase; after a crash it begins again at or before the last one it sent."""
-    first = sorted(offsets)
-    sent = first + first[data.draw(st.integers(0, len(first))) :] + [99]
-    n = len(sent)
-    news = fresh(np.zeros(n, np.int64), np.zeros(n, np.int64), np.array(sent), np.full((1, 1), -1, np.int64))
-    assert [o for o, new in zip(sent, news.tolist(), strict=True) if new] == [*first, 99]
+    before = [NEVER, *offsets]
+    again = data.draw(st.integers(0, len(offsets)))
+    sent = offsets + offsets[again:] + [99]
+    previous = before[:-1] + before[again:-1] + before[-1:]
+    assert taken(sent, previous, np.full((1, 1), NEVER)) == [*offsets, 99]
+
+
+@given(WRITTEN, st.data())
+def test_a_missing_record_holds_up_its_source_until_it_is_sent_again(
+    offsets: list[int], data: st.DataObject
+) -> None:
+    """Whatever a broker lost of what a writer sent: all is taken, once, when the writer sends it again."""
+    before = [NEVER, *offsets]
+    kept = [i for i in range(len(offsets)) if not data.draw(st.booleans())]
+    seen = np.full((1, 1), NEVER)
+    first = taken([offsets[i] for i in kept], [before[i] for i in kept], seen)
+    assert first == offsets[: len(first)], "nothing is taken behind a gap"
+    assert (len(first) < len(kept)) == (kept != list(range(len(kept))))
+    assert first + taken(offsets, before[:-1], seen) == offsets
+
+
+def test_a_gap_is_told_apart() -> None:
+    seen, zeros = np.full((1, 1), NEVER), np.zeros(4, np.int64)
+    found = fresh(zeros, zeros, np.array([3, 9, 3, 12]), np.array([NEVER, 7, NEVER, 9]), seen)
+    assert (found.tolist(), seen.tolist()) == ([NEWS, GAP, SEEN, GAP], [[3]])
+
+
+@given(st.integers(NEVER, 50), st.integers(0, 100), st.integers(NEVER, 99))
+def test_behind_a_cut_log_the_next_of_a_source_is_taken_as_it_is(
+    highest: int, offset: int, before: int
+) -> None:
+    seen = loosened(np.array([[highest]]))
+    assert loosened(seen).tolist() == seen.tolist()
+    zero = np.zeros(1, np.int64)
+    what = fresh(zero, zero, np.array([offset]), np.array([before]), seen)[0]
+    assert what == (NEWS if offset > highest else SEEN)
+    if what == NEWS:  # and from there on nothing may be missing
+        assert fresh(zero, zero, np.array([offset + 2]), np.array([offset + 1]), seen)[0] == GAP
+
+
+def test_a_chain_runs_by_origin_and_target() -> None:
+    sent = np.full((2, 3), NEVER)
+    origins, targets = np.array([0, 0, 1, 0, 1]), np.array([2, 2, 2, 1, 2])
+    assert chain(origins, targets, np.array([5, 8, 6, 9, 7]), sent).tolist() == [NEVER, 5, NEVER, NEVER, 6]
+    assert sent.tolist() == [[NEVER, 9, 8], [NEVER, NEVER, 7]]
 
 
 # --- partitions in step ------------------------------------------------------------------------

@@ -12,21 +12,22 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tables.store import LAYOUT, Snapshot, Store, StoreError
+from models.windows import NULL
+from tables.store import LAYOUT, Progress, Snapshot, Store, StoreError
 
 ROOT = Path(__file__).parents[2]
 
 
 def snapshot(position: int, *keys: bytes, seen: dict[int, int] | None = None) -> Snapshot:
-    return Snapshot(0, position, seen or {}, [(k, b"%d of " % position + k) for k in keys])
+    return Snapshot(0, Progress(position, seen or {}), [(k, b"%d of " % position + k) for k in keys])
 
 
 def test_a_new_store_has_no_position(tmp_path: Path) -> None:
     store = Store(tmp_path / "deep" / "down" / "0000", "d1")
-    assert (store.position, store.seen, store.get(b"a")) == (None, {}, None)
+    assert (store.progress, store.get(b"a")) == (None, None)
     store.close()
     reopened = Store(tmp_path / "deep" / "down" / "0000", "d1")
-    assert reopened.position is None
+    assert reopened.progress is None
 
 
 def test_what_was_written_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
@@ -34,7 +35,7 @@ def test_what_was_written_is_there_when_it_is_opened_again(tmp_path: Path) -> No
     store.write(snapshot(5, b"a", b"b", seen={0: 3}))
     store.write(snapshot(9, b"b", b"", b"\x00meta", b"meta", seen={0: 4, 17: 2**40}))
     for _ in range(2):  # as it stands, and from disk
-        assert (store.position, store.seen) == (9, {0: 4, 17: 2**40})
+        assert store.progress == Progress(9, {0: 4, 17: 2**40})
         assert store.get(b"a") == b"5 of a"
         assert store.get(b"b") == b"9 of b"
         # an entity may have any name, and none of them is the position's
@@ -83,7 +84,7 @@ def test_another_definition_is_refused(tmp_path: Path) -> None:
         f"(layout {LAYOUT}). Remove it: it is folded again from the log."
     )
     # and it was closed, so that whoever asks rightly gets it
-    assert Store(tmp_path / "s", "d2").position == 1
+    assert Store(tmp_path / "s", "d2").progress == Progress(1)
 
 
 def test_another_layout_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +119,7 @@ def test_a_second_opener_is_refused(tmp_path: Path) -> None:
     store.write(snapshot(2, b"a"))  # the first one did not notice
     assert store.get(b"a") == b"2 of a"
     store.close()
-    assert Store(tmp_path / "s", "d1").position == 2
+    assert Store(tmp_path / "s", "d1").progress == Progress(2)
 
 
 def test_a_broken_store_is_no_locked_one(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_a_snapshot_holds_for_an_entity_what_it_was(tmp_path: Path) -> None:
     """A megabyte in one profile, and ten thousand profiles in one batch."""
     store = Store(tmp_path / "s", "d1")
     store.write(
-        Snapshot(0, 1, {}, [(b"big", bytes(2**20)), *((b"%d" % i, b"%d" % -i) for i in range(10_000))])
+        Snapshot(0, Progress(1), [(b"big", bytes(2**20)), *((b"%d" % i, b"%d" % -i) for i in range(10_000))])
     )
     store.flush()
     assert store.get(b"big") == bytes(2**20)
@@ -172,8 +173,8 @@ def expected(position: int) -> dict[int, int]:
 WRITER = f"""
     rng = random.Random(SEED)
     store = Store(Path(PATH), "d1")
-    for n in range(store.position or 0, 10**9):
-        store.write(Snapshot(0, n + 1, {{3: n}}, [
+    for n in range(store.progress.position if store.progress else 0, 10**9):
+        store.write(Snapshot(0, Progress(n + 1, {{3: n}}), [
             (b"%d" % key, b"%d " % n + rng.randbytes(rng.choice([20, 200_000])))
             for key in sorted({{n % {KEYS}, n * 7 % {KEYS}, n * n % {KEYS}}})
         ]))
@@ -186,7 +187,7 @@ WRITER = f"""
 
 def child(code: str, **names: object) -> subprocess.Popen[str]:
     """Another process that has a store."""
-    head = "import random\nfrom pathlib import Path\nfrom tables.store import Snapshot, Store, StoreError\n"
+    head = "import random\nfrom pathlib import Path\nfrom tables.store import Progress, Snapshot, Store, StoreError\n"
     head += "".join(f"{name} = {value!r}\n" for name, value in names.items())
     return subprocess.Popen(
         [sys.executable, "-c", head + textwrap.dedent(code)], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -213,10 +214,10 @@ def test_a_killed_worker_leaves_a_prefix_of_whole_batches(tmp_path: Path) -> Non
                 said, durable = heard(line, said, durable)
             assert writer.wait(30) == -signal.SIGKILL
         store = Store(tmp_path / "s", "d1")
-        held = store.position or 0
+        held = store.progress.position if store.progress else 0
         assert durable <= held, "what was flushed is durable"
         assert {k: int(v.split()[0]) for k in range(KEYS) if (v := store.get(b"%d" % k))} == expected(held)
-        assert store.seen == ({3: held - 1} if held else {})
+        assert store.progress == (Progress(held, {3: held - 1}) if held else None)
         store.close()
         position, lost = held, lost + said - held
     assert position > 0
@@ -235,5 +236,6 @@ def test_the_position_is_stored_as_it_is_documented(tmp_path: Path) -> None:
     raw = dict(store._db.items())
     assert raw.keys() == {b"\x00meta", b"\x01a"}
     assert msgspec.msgpack.decode(raw[b"\x00meta"]) == {
-        "layout": 1, "definition": "d1", "position": 7, "seen": {2: 5},
+        "layout": 2, "definition": "d1",
+        "progress": {"position": 7, "seen": {2: 5}, "sent": {}, "clock": NULL, "degraded_until": NULL},
     }  # fmt: skip
