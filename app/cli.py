@@ -311,6 +311,7 @@ def worker(name: str, alias: str | None, port: int | None) -> None:
     built = workers.Worker(
         pipeline, model, counts, address, redis_url, settings.data_root, settings.api_host,
         port or settings.worker_port, settings.delivery,
+        round(settings.alignment_s * 1000),
     )  # fmt: skip
     workers.run(built, address, settings.data_root, settings.log_level)
 

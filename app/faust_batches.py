@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -21,11 +22,13 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from faust.types.tuples import Message
 
+from agents.in_step import InStep, Place
 from agents.outbox import Outbox
 from tables.profiles import Polled
 
 SCHEME = "headrace"  # of broker addresses that use this transport
 POLL_S = 0.25  # how long a poll waits; taking partitions over waits for a poll to end
+STEP_S = 0.005  # likewise while records wait for their turn
 
 TRANSPORTS.aliases[SCHEME] = f"{__name__}:Transport"
 
@@ -37,9 +40,16 @@ class Positions(Protocol):
 
     committable: dict[TP, int]
     first: tuple[str, ...]  # topics whose records go before others of the same poll
+    in_step: InStep
+
+    def others(self) -> Mapping[Place, int]:
+        """By partition, the lowest time that it has yet to pass at another worker (agents.in_step)."""
 
     async def take(self, committed: Mapping[TP, int | None], consumer: Consumer) -> Mapping[TP, int]:
         """Open what was assigned, given what the group committed. Returns the next offset of each."""
+
+    async def release(self) -> None:
+        """Flush and close all."""
 
 
 class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
@@ -95,10 +105,20 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         stands; so it has a bound of its own, and what exceeds it stops the worker.
         """
         async with self._polling:  # no poll is under way, and none begins before the seek is done
+            await self._take()
+
+    async def reopen(self) -> None:
+        """Let go of all partitions and take them again, at the positions that stand then."""
+        async with self._polling:
             self.epoch += 1
-            committed = await self.seek_to_committed()
-            await self.seek_wait(await self.positions.take(committed, self))
-            self.epoch += 1
+            await self.positions.release()
+            await self._take()
+
+    async def _take(self) -> None:
+        self.epoch += 1
+        committed = await self.seek_to_committed()
+        await self.seek_wait(await self.positions.take(committed, self))
+        self.epoch += 1
 
     async def _drain_messages(self, fetcher: Fetcher) -> None:
         """Poll for ever, and deliver each poll's records of a topic as one message."""
@@ -108,14 +128,11 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
                     await self.wait(self.can_resume_flow)
                 async with self._polling:
                     epoch = self.epoch
-                    active = self._get_active_partitions()
-                    found = await self._getmany(active, POLL_S) if active and self.flow_active else {}
-                if not found:
-                    await asyncio.sleep(0 if active else POLL_S)
+                    found = await self._poll()
                 # Labels before events: what was known at a time may be used at that time.
                 by_topic: dict[str, list[tuple[int, Any]]] = {t: [] for t in self.positions.first}
-                for tp, records in found.items():
-                    by_topic.setdefault(tp.topic, []).append((tp.partition, records))
+                for (topic, partition), records in found.items():
+                    by_topic.setdefault(topic, []).append((partition, records))
                 for topic, polled in by_topic.items():
                     if not polled:
                         continue
@@ -124,6 +141,23 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         except self.consumer_stopped_errors:
             if not self.app.should_stop:
                 raise
+
+    async def _poll(self) -> dict[Place, list[Any]]:
+        """What may be handled now: what was fetched, but for what is ahead of the rest."""
+        in_step, waits = self.positions.in_step, STEP_S if self.positions.in_step.waiting else POLL_S
+        assigned = self._get_active_partitions() if self.flow_active else set()
+        active = {tp for tp in assigned if not in_step.full(tp)}
+        found = await self._getmany(active, waits) if active else {}
+        if not found:
+            await asyncio.sleep(0 if active else waits)
+        now = time.monotonic()
+        passed = {
+            tp: in_step.offer(tp.topic, tp.partition, records, self.highwater(tp), now)
+            for tp, records in found.items()
+        }
+        return {tp: records for tp, records in passed.items() if records} | in_step.take(
+            self.positions.others(), now
+        )
 
     def on_buffer_full(self, tp: TP) -> None:
         """Faust would stop fetching this one partition, which would put it behind the others.

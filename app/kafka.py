@@ -71,13 +71,21 @@ async def admin(address: str) -> AsyncIterator[AIOKafkaAdminClient]:
         await client.close()
 
 
-def wanted_topics(pipeline: Pipeline) -> dict[str, int]:
-    """The topics of a pipeline, each with how long it keeps records, ms."""
+def wanted_topics(pipeline: Pipeline) -> dict[str, int | None]:
+    """The topics of a pipeline, each with how long it keeps records, ms; None: the last of each key."""
     reach = max(e.retention for e in pipeline.entities) + SPARE_MS
-    topics = {pipeline.stream.topic: reach, **{e.log: reach for e in pipeline.entities}}
+    topics: dict[str, int | None] = {
+        pipeline.stream.topic: reach,
+        **{e.log: reach for e in pipeline.entities},
+    }
     if pipeline.labels is not None:
         topics[pipeline.labels.topic] = reach
-    return {**topics, pipeline.predictions: OUTPUT_MS, pipeline.dead_letters: OUTPUT_MS}
+    return {
+        **topics,
+        pipeline.predictions: OUTPUT_MS,
+        pipeline.dead_letters: OUTPUT_MS,
+        pipeline.control: None,
+    }
 
 
 async def create_topics(address: str, pipeline: Pipeline, partitions: int, replication: int) -> list[str]:
@@ -86,8 +94,9 @@ async def create_topics(address: str, pipeline: Pipeline, partitions: int, repli
         there = set(await client.list_topics())
         new = [
             NewTopic(
-                name, partitions, replication,
-                topic_configs={"retention.ms": str(keep), "cleanup.policy": "delete"},
+                name, partitions if keep else 1, replication,
+                topic_configs={"retention.ms": str(keep), "cleanup.policy": "delete"} if keep
+                else {"cleanup.policy": "compact"},
             )
             for name, keep in wanted_topics(pipeline).items()
             if name not in there
@@ -175,6 +184,19 @@ async def last_origins(address: str, topic: str, partitions: Iterable[int]) -> d
         missing -= found.keys()
         tail *= 32
     return found
+
+
+async def follow(address: str, topic: str) -> AsyncIterator[Any]:
+    """All records of a topic, and those that come, for ever."""
+    consumer = AIOKafkaConsumer(
+        topic, bootstrap_servers=address, auto_offset_reset="earliest", fetch_max_wait_ms=100
+    )
+    await consumer.start()
+    try:
+        async for record in consumer:
+            yield record
+    finally:
+        await consumer.stop()
 
 
 async def read_between(address: str, topic: str, starts: dict[int, int] | None = None) -> AsyncIterator[Any]:

@@ -127,6 +127,11 @@ class Settings(BaseSettings):
         description="How predictions reach Kafka: fenced (idempotent batches that an old owner cannot send), or "
         "transactional (each batch a transaction, for consumers that read committed; slower).",
     )
+    alignment_s: Annotated[float, Field(ge=0)] = Field(
+        default=10.0,
+        description="How far, in seconds of event time, a partition that catches up may be ahead of the slowest; 0 for "
+        "no bound.",
+    )
     log_level: Annotated[LogLevel, BeforeValidator(_upper)] = Field(
         default="WARNING",
         description="Least severe log record shown: DEBUG, INFO, WARNING, ERROR or CRITICAL.",

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ import uvloop
 from faust.types import TP
 
 from agents.flush import Flush
+from agents.in_step import InStep, Place
 from agents.mirror import MirrorAgent
 from agents.outbox import Outbox
 from agents.route import Route
@@ -31,11 +33,12 @@ from agents.score import Score
 from agents.stage import Stage
 from app import faust_batches, kafka, metrics
 from app.api.server import create_api, serve
+from app.control import Control
 from app.producer import Producer
 from app.settings import Delivery
 from models import dead_letters
 from models.errors import HeadraceError
-from models.events import EventDecoder
+from models.events import Clocks, EventDecoder, clocks
 from models.partitions import partition_of
 from models.pipeline import Pipeline
 from models.records import RecordCodec
@@ -58,9 +61,14 @@ class Partitions:
     def __init__(self, worker: Worker, address: str) -> None:
         self._worker, self._address = worker, address
         self.committable: dict[TP, int] = {}
+        self.in_step = worker.in_step
         labels = worker.pipeline.labels
-        self.first = (labels.topic,) if labels is not None else ()
+        self._labels = labels.topic if labels is not None else ""
+        self.first = (self._labels,) if labels is not None else ()
         self.taken = False
+        self._consumer: faust_batches.Consumer
+        # By topic and partition: from which offset on outputs are sent again, and until where.
+        self._replays: dict[TP, tuple[int | None, int]] = {}
 
     async def take(
         self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer
@@ -76,6 +84,7 @@ class Partitions:
     ) -> Mapping[TP, int]:
         worker, score = self._worker, self._worker.score
         assigned = set(committed)
+        self._consumer = consumer
         first = await consumer.earliest_offsets(*assigned) if assigned else {}
         ends = await consumer.highwaters(*assigned) if assigned else {}
         last_log = worker.pipeline.entities[-1].log
@@ -88,9 +97,10 @@ class Partitions:
             stage = worker.by_log.get(tp.topic)
             if stage is None:  # labels: the router keeps no store, and sends again what it must
                 offset = committed[tp]
-                starts[tp] = first[tp] if offset is None or offset < first[tp] else offset
+                again = self._again(tp)
+                starts[tp] = max(first[tp], offset or 0 if again is None else min(again, offset or 0))
                 continue
-            position = await asyncio.to_thread(stage.open, tp.partition)
+            position = await asyncio.to_thread(stage.open, tp.partition, self._again(tp))
             if position is not None and position > ends[tp]:
                 raise HeadraceError(
                     f"The store of {tp.topic} partition {tp.partition} is at offset {position}, but the log ends at "
@@ -109,6 +119,7 @@ class Partitions:
             worker.route.start_at(
                 {tp.partition: starts[tp] for tp in assigned if tp.topic not in worker.by_log}
             )
+        self.in_step.start(starts, ends, time.monotonic())
         self.taken = bool(assigned)
         held = ", ".join(f"{len(s.partitions)} of {s.entity.log}" for s in worker.stages)
         say(f"{worker.pipeline.instance}: holds {held}; model {worker.model.card.version}; {worker.url}")
@@ -127,6 +138,34 @@ class Partitions:
         if worker.route is not None:
             worker.route.start_at({})
 
+    async def replay(self, stage: int, partition: int, after: int) -> None:
+        """Send again what came behind this offset of a partition, if it is ours: a receiver lacks some of it.
+
+        All is closed and opened again, this partition without its store. What was received stays dropped.
+        """
+        worker = self._worker
+        topic = self._labels if stage < 0 else worker.stages[stage].entity.log
+        tp = TP(topic, partition)
+        source = worker.route.positions if stage < 0 and worker.route else worker.stages[stage].positions
+        position = source.get(partition, -1)
+        if position <= after + 1 or position < self._replays.get(tp, (0, -1))[1]:
+            return  # it is another worker's, or comes anyway
+        log.warning(
+            "%s partition %d: a record sent from behind offset %d has not arrived; what came from there is sent again",
+            topic, partition, after,
+        )  # fmt: skip
+        self._replays[tp] = (after + 1, position)
+        await self._consumer.reopen()
+
+    def _again(self, tp: TP) -> int | None:
+        """From where at the latest a partition must be read, once, for its outputs are asked for again."""
+        start, until = self._replays.get(tp, (None, 0))
+        self._replays[tp] = (None, until)
+        return start
+
+    def others(self) -> Mapping[Place, int]:
+        return self._worker.control.others()
+
     def committed(self, topic: str, partition: int, position: int) -> None:
         self.committable[TP(topic, partition)] = position
 
@@ -137,6 +176,7 @@ class Worker:
     def __init__(
         self, pipeline: Pipeline, model: Model, counts: dict[str, int], kafka_address: str, redis_url: str | None,
         data_root: Path, host: str, port: int, delivery: Delivery = "fenced",
+        alignment_ms: int = 10_000,
     ) -> None:  # fmt: skip
         """counts: partitions by topic, from kafka.checked_partitions."""
         self.pipeline, self.model = pipeline, model
@@ -150,12 +190,14 @@ class Worker:
         self._tasks: list[asyncio.Task[None]] = []
         self.stages = [self._profiles(number) for number in range(len(pipeline.entities))]
         self.by_log = {stage.entity.log: stage for stage in self.stages}
+        self.in_step = InStep(_in_step(pipeline), alignment_ms)
         self.partitions = Partitions(self, kafka_address)
         self._mirror = Mirror(connect(redis_url), pipeline) if redis_url else None
         self.mirror = MirrorAgent(self.stages, self._mirror) if self._mirror else None
         # Made when the loop runs, by `start`.
         self.producer: Producer
         self.outbox: Outbox
+        self.control: Control
         self.score: Score
         self.route: Route | None = None
         self.flush: Flush
@@ -164,8 +206,14 @@ class Worker:
         pipeline, entity = self.pipeline, self.pipeline.entities[number]
         partitions = self._counts[entity.log]
 
-        def open_store(partition: int) -> Store:
-            return Store(self.profiles_root / entity.name / f"{partition:04d}", pipeline.definition)
+        def open_store(partition: int, at_most: int | None) -> Store:
+            path = self.profiles_root / entity.name / f"{partition:04d}"
+            store = Store(path, pipeline.definition)
+            if at_most is not None and store.progress and store.progress.position > at_most:
+                store.close()
+                shutil.rmtree(path)
+                store = Store(path, pipeline.definition)
+            return store
 
         if number:
             codec = RecordCodec(pipeline, number)
@@ -195,8 +243,16 @@ class Worker:
             self.stages, self.route, self.outbox, self.partitions.committed,
             pipeline.labels.topic if pipeline.labels else None,
         )  # fmt: skip
+        self.control = Control(
+            self._address, pipeline.control, self.in_step, self.stages, self.outbox,
+            sum(self._counts[topic] for group in _in_step(pipeline) for topic in group),
+            self.partitions.replay,
+        )  # fmt: skip
         for stage in self.stages:
             stage.warm()
+        self._background(self.control.listen())
+        self._background(self.control.tell_lows())
+        self._background(self.control.tell_missing())
         self._background(self.flush.run())
         if self.mirror is not None:
             self._background(self.mirror.run())
@@ -247,6 +303,8 @@ class Worker:
                 handle = make().handle
                 async for polled in faust_batches.polls(stream, app, self.outbox):
                     handle(polled)
+                    for partition, records in polled:
+                        self.in_step.handled(topic, partition, records[-1].offset)
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # an agent that fails must not acknowledge what it did not handle
@@ -375,6 +433,17 @@ def stop_at_once(error: BaseException) -> NoReturn:
 def say(text: str) -> None:
     """Tell who watches the worker."""
     print(f"headrace worker: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _in_step(pipeline: Pipeline) -> list[dict[str, Clocks]]:
+    """The topics that feed one and the same log, and so are to be read in step."""
+    stream, labels, entities = pipeline.stream, pipeline.labels, pipeline.entities
+    if len(entities) < 2:
+        return []
+    first: dict[str, Clocks] = {entities[0].log: clocks(stream, stream.time)}
+    if labels is not None and any(e.labelled for e in entities):
+        first[labels.topic] = clocks(stream, labels.known)
+    return [first] + [{e.log: RecordCodec(pipeline, n).clocks} for n, e in enumerate(entities[1:-1], 1)]
 
 
 def _now_ms() -> int:

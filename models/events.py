@@ -343,6 +343,27 @@ def _from_datetime(value: dt.datetime) -> int:
     return (value - _EPOCH) // dt.timedelta(milliseconds=1)
 
 
+Clocks = Callable[[Sequence[bytes], Ints], Ints]  # records and times of sending to times (n,) ms
+
+
+def clocks(stream: Stream, name: str) -> Clocks:
+    """A reader of just one time of each record, NULL where there is none that decoding would accept.
+
+    name: the field that says when it happened: the stream's time, or when a label became known.
+    """
+    field = Field(name, "timestamp", unit=stream.fields[stream.time].unit)
+    decode, column = _decoder("Clock", [(field, _json_type(field, False))]), _column(field)
+
+    def read(values: Sequence[bytes], sent: Ints) -> Ints:
+        found, kept, _ = _decode_all(decode, values)
+        result = np.full(len(values), NULL, np.int64)
+        result[kept], _ = column([getattr(f, name) for f in found])
+        result[(result < EARLIEST_MS) | (result > sent + AHEAD_MS)] = NULL
+        return result
+
+    return read
+
+
 def texts(stream: Stream, names: Sequence[str]) -> Callable[[bytes], Any]:
     """A decoder of just these fields of an event that was checked before."""
     return _decoder("Texts", [(stream.fields[n], _json_type(stream.fields[n], False)) for n in names])
@@ -350,5 +371,5 @@ def texts(stream: Stream, names: Sequence[str]) -> Callable[[bytes], Any]:
 
 __all__ = [
     "LABEL", "Batch", "Decoded", "EventDecoder", "Key", "LabelBatch", "LabelDecoder", "Labels", "Reject",
-    "as_float", "event_id", "key_bytes", "scaled", "texts",
+    "as_float", "clocks", "event_id", "key_bytes", "scaled", "texts",
 ]  # fmt: skip

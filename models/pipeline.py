@@ -193,6 +193,11 @@ class Pipeline:
         return f"{self.instance}.predictions"
 
     @property
+    def control(self) -> str:
+        """The topic on which the workers of an instance tell each other how far they are."""
+        return f"{self.instance}.control"
+
+    @property
     def dead_letters(self) -> str:
         return f"{self.instance}.dead-letters"
 
@@ -421,7 +426,13 @@ class _Compiler:
 
     def topics(self, pipeline: Pipeline) -> None:
         labels = [pipeline.labels.topic] if pipeline.labels else []
-        uses = [pipeline.predictions, pipeline.dead_letters, *(e.log for e in pipeline.entities), *labels]
+        uses = [
+            pipeline.predictions,
+            pipeline.dead_letters,
+            pipeline.control,
+            *(e.log for e in pipeline.entities),
+            *labels,
+        ]
         for topic in uses:
             if uses.count(topic) > 1:
                 at = "labels" if topic in labels else "streams"

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from models.events import Batch, Decoded, LabelBatch, Reject, key_bytes, texts
 from models.pipeline import Pipeline
-from models.windows import EVENT, LABEL, Bytes, Floats, Ints, jit
+from models.windows import EVENT, LABEL, NULL, Bytes, Floats, Ints, jit
 
 Mask = npt.NDArray[np.bool_]
 
@@ -109,6 +109,13 @@ class RecordCodec:
             degraded=heads["degraded"] != 0,
         )
         return batch, kept, rejects
+
+    def clocks(self, values: Sequence[bytes], sent: Ints) -> Ints:
+        """Just when each record happened (models.events.clocks)."""
+        batch, kept, _ = self.decode(values, [None] * len(values))
+        result = np.full(len(values), NULL, np.int64)
+        result[kept] = batch.clocks
+        return result
 
     def _heads(
         self, n: int, kind: int, writer: int, partitions: Ints, offsets: Ints, previous: Ints

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -88,7 +88,7 @@ class Profiles:
         self,
         entity: Entity,
         decode: Decode,
-        open_store: Callable[[int], Store],
+        open_store: Callable[[int, int | None], Store],
         partitions: int,
         numeric: Sequence[str],
         partition_of: Callable[[bytes], int] | None = None,
@@ -135,9 +135,12 @@ class Profiles:
 
     # --- partitions ----------------------------------------------------------------------------
 
-    def open(self, partition: int) -> int | None:
-        """Take a partition over. Returns its position, None where nothing was ever stored."""
-        store = self._stores[partition] = self._open_store(partition)
+    def open(self, partition: int, at_most: int | None = None) -> int | None:
+        """Take a partition over. Returns its position, None where nothing was ever stored.
+
+        at_most: its position may not be behind this offset; what is stored of later ones does not count.
+        """
+        store = self._stores[partition] = self._open_store(partition, at_most)
         progress = store.progress or Progress(0)
         self._seen[partition] = self._sent[partition] = NEVER
         for source, offset in progress.seen.items():
@@ -166,6 +169,7 @@ class Profiles:
             return
         store.close()
         self._positions.pop(partition, None)
+        self.gaps = {at: highest for at, highest in self.gaps.items() if at[0] != partition}
         self._moved.discard(partition)
         slots = np.flatnonzero(self._partition == partition)
         self._arena.free(slots)
@@ -173,6 +177,11 @@ class Profiles:
             del self._slots[self._keys[slot]]
         self._partition[slots] = -1
         self._dirty[slots] = self._stale[slots] = False
+
+    @property
+    def positions(self) -> Mapping[int, int]:
+        """By partition that is ours, the next offset to apply."""
+        return self._positions
 
     @property
     def partitions(self) -> list[int]:

@@ -40,8 +40,8 @@ class Bench:
         decoder = EventDecoder(self.pipeline)
         self.profiles = Profiles(
             self.pipeline.entities[0], lambda values, keys, sent: decoder.decode(values, sent),
-            lambda partition: Store(path / str(partition), self.pipeline.definition), 1,
-            [f.name for f in self.pipeline.stream.numeric],
+            lambda partition, at_most: Store(path / str(partition), self.pipeline.definition), 1,
+            [f.name for f in self.pipeline.stream.numeric], targets=1,
         )  # fmt: skip
         self.producer = Producer()
         self.outbox = outbox(self.producer)

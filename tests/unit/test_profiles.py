@@ -44,7 +44,7 @@ def customers(root: Path, open_store: Open = Store, pipeline: Any = SHOP) -> Pro
     return Profiles(
         pipeline.entities[0],
         lambda values, keys, sent: decoder.decode(values, sent),
-        lambda p: open_store(root / f"customer-{p}", pipeline.definition),
+        lambda p, at_most: open_store(root / f"customer-{p}", pipeline.definition),
         PARTITIONS,
         NUMERIC,
         partial(partition_of, count=PARTITIONS),
@@ -57,7 +57,7 @@ def shops(root: Path, open_store: Open = Store) -> Profiles:
     return Profiles(
         SHOP.entities[1],
         lambda values, keys, sent: codec.decode(values, keys),
-        lambda p: open_store(root / f"shop-{p}", SHOP.definition),
+        lambda p, at_most: open_store(root / f"shop-{p}", SHOP.definition),
         PARTITIONS,
         NUMERIC,
     )
