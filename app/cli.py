@@ -310,7 +310,7 @@ def worker(name: str, alias: str | None, port: int | None) -> None:
     counts = asyncio.run(kafka.checked_partitions(address, pipeline))
     built = workers.Worker(
         pipeline, model, counts, address, redis_url, settings.data_root, settings.api_host,
-        port or settings.worker_port,
+        port or settings.worker_port, settings.profiles_mib,
     )  # fmt: skip
     workers.run(built, address, settings.data_root, settings.log_level)
 

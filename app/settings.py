@@ -121,6 +121,10 @@ class Settings(BaseSettings):
     replication: Count = Field(
         default=1, description="Copies of each partition of a topic that Headrace makes; 3 in production."
     )
+    profiles_mib: Count = Field(
+        default=1024,
+        description="Memory of a worker's profiles, MiB; above it those not in use lately stay on disk only.",
+    )
     log_level: Annotated[LogLevel, BeforeValidator(_upper)] = Field(
         default="WARNING",
         description="Least severe log record shown: DEBUG, INFO, WARNING, ERROR or CRITICAL.",

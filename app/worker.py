@@ -128,7 +128,7 @@ class Worker:
 
     def __init__(
         self, pipeline: Pipeline, model: Model, counts: dict[str, int], kafka_address: str, redis_url: str | None,
-        data_root: Path, host: str, port: int,
+        data_root: Path, host: str, port: int, profiles_mib: int,
     ) -> None:  # fmt: skip
         """counts: partitions by topic, from kafka.checked_partitions."""
         self.pipeline, self.model = pipeline, model
@@ -139,6 +139,7 @@ class Worker:
         self._address = kafka_address
         self._web: Any = None
         self._host, self._port = host, port
+        self._profiles_mib, self._mirrored = profiles_mib, bool(redis_url)
         self.url = f"http://{host}:{port}"
         self._tasks: list[asyncio.Task[None]] = []
         self.stages = [self._profiles(number) for number in range(len(pipeline.entities))]
@@ -171,6 +172,7 @@ class Worker:
             max(self._counts.values()) if number else partitions,
             [f.name for f in pipeline.stream.numeric],
             None if number else partial(partition_of, count=partitions),
+            self._mirrored,
         )  # fmt: skip
 
     async def start(self) -> None:
@@ -185,7 +187,7 @@ class Worker:
             self.route = Route(pipeline, self.outbox, self._reject_record, self._counts)
         self.flush = Flush(
             self.stages, self.route, self.outbox, self.partitions.committed,
-            pipeline.labels.topic if pipeline.labels else None,
+            pipeline.labels.topic if pipeline.labels else None, self._profiles_mib * 2**20,
         )  # fmt: skip
         for stage in self.stages:
             stage.warm()
@@ -237,7 +239,7 @@ class Worker:
             await app.wired.wait()
             try:
                 handle = make().handle
-                async for polled in faust_batches.polls(stream, app, self.outbox):
+                async for polled in faust_batches.polls(stream, app, self.flush):
                     handle(polled)
             except asyncio.CancelledError:
                 raise

@@ -53,6 +53,7 @@ class Bench:
             self.outbox,
             lambda topic, partition, position: self.committed.append(position),
             None,
+            2**30,
         )
         self.profiles.start_at(0, self.profiles.open(0) or 0)
 

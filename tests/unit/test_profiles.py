@@ -365,7 +365,7 @@ def test_records_before_the_position_are_dropped(tmp_path: Path) -> None:
     customer, profiles = AT_HOME[1][0], opened(customers(tmp_path))
     profiles.start_at(1, 2)
     assert profiles.apply([(1, orders(customer, 1, 2))]).offsets.tolist() == []
-    assert profiles.snapshots() == []  # not even a position has moved
+    assert list(profiles.snapshots()) == []  # not even a position has moved
     assert profiles.apply([(1, orders(customer, 1, 2, 3, 4))]).offsets.tolist() == [2, 3]
     assert profiles.apply([(1, orders(customer, 1, 2, 3, 4, 5))]).offsets.tolist() == [4]
     assert profiles.apply([(1, [])]).offsets.tolist() == []
@@ -419,7 +419,7 @@ def test_a_misplaced_key_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     profiles = opened(customers(tmp_path))
     mine, other = AT_HOME[0][0], AT_HOME[1][0]
     profiles.apply([(0, orders(mine, 1)), (1, orders(other, 1))])
-    profiles.snapshots()
+    list(profiles.snapshots())
     # keyed by something else: one whose profile is known, one whose is not, and between them a good one
     stranger = AT_HOME[2][1]
     wrong = [
@@ -473,9 +473,9 @@ def test_a_snapshot_is_of_its_moment_and_of_what_changed(tmp_path: Path) -> None
     profiles = opened(customers(tmp_path))
     one, two = AT_HOME[0]
     profiles.apply([(0, orders(one, 1)), (1, orders(AT_HOME[1][0], 1))])
-    first = profiles.snapshots()
+    first = list(profiles.snapshots())
     before = [(s.position, s.seen, list(s.profiles)) for s in first]
-    assert profiles.snapshots() == []
+    assert list(profiles.snapshots()) == []
     profiles.apply([(0, orders(two, 5, first=1))])
     (second,) = profiles.snapshots()
     assert (second.partition, second.position, [k for k, _ in second.profiles]) == (0, 2, [key_bytes(two)])
@@ -583,7 +583,7 @@ def test_a_profile_of_labels_alone_is_stored_and_not_given_out(tmp_path: Path) -
     (value,) = codec.encode(events, np.zeros((1, 2)), np.array([0]), np.array([0]))
     profiles.apply([(p, [Fetched(1, value, b"x")])])
     assert profiles.counts["label_early"] == profiles.counts["folded"] == 1
-    packed = np.frombuffer(profiles.snapshots()[0].profiles[0][1], "<i8")
+    packed = np.frombuffer(next(profiles.snapshots()).profiles[0][1], "<i8")
     assert packed[3] % 4 == 2  # the row has the label that waited for it
 
 
@@ -605,7 +605,7 @@ def test_a_label_touches_what_it_changes(tmp_path: Path) -> None:
 def test_warming_changes_nothing(tmp_path: Path) -> None:
     profiles = opened(customers(tmp_path))
     profiles.warm()
-    assert (profiles.size, profiles.snapshots(), profiles.touched(10).keys) == (0, [], [])
+    assert (profiles.size, list(profiles.snapshots()), profiles.touched(10).keys) == (0, [], [])
     assert set(profiles.counts.values()) == {0}
 
 
