@@ -15,9 +15,9 @@ FLUSH_EVERY_S = (
     1.0  # a profile that changes often is written once; a partition's batch takes a millisecond or two
 )
 DURABLE_EVERY_S = 3.0  # bounds the fold after a crash to some seconds of events
-# Parts of the bound on memory. What is taken from the system is above what is in use by up to a sixteenth of
-# the rows, and the rest is for what one poll adds.
-EVICT_ABOVE, EVICT_TO = 7 / 8, 13 / 16
+# Parts of the bound on memory. A first sweep may find all in use, and what is taken from the system is a little
+# above what is in use, so there is room left for another sixteenth, gaps, and what one poll adds.
+EVICT_ABOVE, EVICT_TO = 13 / 16, 12 / 16
 
 
 class Flush:
@@ -93,16 +93,25 @@ class Flush:
             await self._evict()
 
     async def _evict(self) -> None:
-        """Make room, in the largest stage first."""
-        sweeps = {stage: stage.sweep() for stage in self._stages}
+        """Make room; with what was in use lately only above the bound itself."""
+        await self._sweep(forced=False)
+        if self._used() > self._most_bytes:
+            await self._sweep(forced=True)
+        # Where that was not enough, the next flush comes after some growth and not at once.
+        used = self._used()
+        grown = used + self._most_bytes * (EVICT_ABOVE - EVICT_TO)
+        self._above = max(
+            self._most_bytes * EVICT_ABOVE, grown if used > self._most_bytes else min(grown, self._most_bytes)
+        )
+
+    async def _sweep(self, forced: bool) -> None:
+        """Through the largest stage first, until there is enough room or no more to be had."""
+        sweeps = {stage: stage.sweep(forced) for stage in self._stages}
         while sweeps and self._used() > self._most_bytes * EVICT_TO:
             largest = max(sweeps, key=lambda stage: stage.used)
             if next(sweeps[largest], None) is None:
                 del sweeps[largest]
             await asyncio.sleep(0)
-        # Where that was not enough, the next flush comes after some growth and not at once.
-        step = self._most_bytes * (EVICT_ABOVE - EVICT_TO)
-        self._above = max(self._most_bytes * EVICT_ABOVE, self._used() + step)
 
     async def durable(self) -> None:
         """Put what was written on disk. No store is closed meanwhile."""

@@ -421,5 +421,17 @@ def bench_latency(name: str, rate: float, seconds: float, as_json: bool) -> None
     _bench_result(benches.latency(_settings(), name, rate, seconds), as_json)
 
 
+@bench.command("memory", epilog="Example: headrace bench memory --profiles 1000000 --mib 256 --json")
+@click.option("--pipeline", "-p", "name", default="card-fraud", show_default=True, metavar="NAME")
+@click.option("--profiles", default=1_000_000, show_default=True, help="How many entities have a profile.")
+@click.option("--mib", default=256, show_default=True, help="The bound on their memory.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line.")
+def bench_memory(name: str, profiles: int, mib: int, as_json: bool) -> None:
+    """What it costs to have more profiles than memory: one stage, without Kafka."""
+    from app.bench_memory import memory
+
+    _bench_result(memory(_settings(), name, profiles, mib), as_json)
+
+
 if __name__ == "__main__":
     main()

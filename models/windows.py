@@ -49,8 +49,8 @@ _TIME, _ID, _STATE, _POSITIVES, _VALUES = 0, 1, 2, 3, 4
 _SMALLEST = 4  # rows in the smallest chunk: three of the profile and the closing one
 _CLASSES = 40  # chunks of up to 4 * 2**39 rows
 _TOP, _IN_USE = _CLASSES, _CLASSES + 1  # of the heap, behind the free chunks of each class
-_STEP = 16  # the rows grow by a sixteenth, and gaps are closed where that gives as much
-_DOUBLE = 65_536  # rows up to which they double, some 3 MiB
+_STEP = 16  # arrays grow by a sixteenth, and gaps are closed where that gives as much
+_DOUBLE = 4096  # lines up to which they double, some 200 KiB
 
 # Columns of the profiles' table: the chunk and its class, the first row in use (it moves up as old
 # rows are forgotten), how many rows, the newest event time; the chunk of labels that wait for events.
@@ -117,7 +117,7 @@ class Arena:
 
     @property
     def used(self) -> int:
-        """Bytes of what profiles are in: `nbytes` is a sixteenth above it, up to a third where many were freed."""
+        """Bytes of what profiles are in: `nbytes` is a sixteenth above it, more where many were freed."""
         return int(self._heap[_IN_USE]) * self._rows.strides[0] + self._table.nbytes
 
     def new(self) -> int:
@@ -128,7 +128,7 @@ class Arena:
             slot = self._slots
             self._slots += 1
             if slot == len(self._table):
-                lengthen(self._table, min(slot, max(slot // _STEP, _DOUBLE)))
+                lengthen(self._table, step(slot))
         self._table[slot] = _EMPTY
         return slot
 
@@ -137,8 +137,8 @@ class Arena:
         _release(self._rows, self._table, self._heap, slots)
         self._free.extend(slots.tolist())
         in_use, rows = int(self._heap[_IN_USE]), len(self._rows)
-        if rows > _DOUBLE and in_use < rows * 3 // 4:
-            self._close_gaps()
+        if rows > _DOUBLE and in_use < rows * 5 // 8:
+            self.close_gaps()
             lengthen(self._rows, max(in_use + in_use // _STEP, _DOUBLE) - rows)
 
     def fold(
@@ -176,6 +176,11 @@ class Arena:
         result: Ints = self._table[slots, _NEWEST]
         return result
 
+    def sizes(self, slots: Ints) -> Ints:
+        """Bytes of each profile's rows."""
+        result: Ints = (_SMALLEST << self._table[slots, _CLASS]) * self._rows.strides[0]
+        return result
+
     def pack(self, slots: Ints) -> list[bytes]:
         """Each profile as bytes that `unpack` reads back; equal profiles give equal bytes.
 
@@ -203,17 +208,22 @@ class Arena:
         """Make room at the end of the rows."""
         rows = len(self._rows)
         if rows > _DOUBLE and self._heap[_TOP] - self._heap[_IN_USE] >= rows // _STEP:
-            self._close_gaps()
+            self.close_gaps()
         else:
-            lengthen(self._rows, min(rows, max(rows // _STEP, _DOUBLE)))
+            lengthen(self._rows, step(rows))
 
-    def _close_gaps(self) -> None:
+    def close_gaps(self) -> None:
         """Move all chunks to the front: free ones of one class are of no use to another."""
         table = self._table[: self._slots]
         whose = [np.flatnonzero(table[:, column] != _NONE) for column in (_CHUNK, _EARLY)]
         chunks = np.concatenate([table[whose[0], _CHUNK], table[whose[1], _EARLY]])
         owners = np.concatenate([whose[0] * 2, whose[1] * 2 + 1])
         _move_down(self._rows, self._table, self._heap, owners[np.argsort(chunks)])
+
+
+def step(lines: int) -> int:
+    """How many lines an array of so many grows by."""
+    return min(lines, max(lines // _STEP, _DOUBLE))
 
 
 def lengthen(array: npt.NDArray[Any], more: int) -> None:

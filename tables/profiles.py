@@ -19,7 +19,7 @@ from models.events import Batch, Decoded, key_bytes
 from models.partitions import partitions_of
 from models.pipeline import Entity
 from models.records import fresh, in_step
-from models.windows import LABEL_EARLY, OUTCOMES, Arena, Bytes, Floats, Ints, lengthen
+from models.windows import LABEL_EARLY, OUTCOMES, Arena, Bytes, Floats, Ints, lengthen, step
 from tables.store import Snapshot, Store, StoreError
 
 # One RocksDB write holds the interpreter for as long as it takes: one or two microseconds for a profile,
@@ -28,6 +28,7 @@ MOST_CHANGED = 1500  # profiles of a partition
 MOST_CHANGED_BYTES = 8 * 2**20  # of memory, by the mean of all profiles; half of it is written
 FEW = 100  # profiles that are written together whatever their size
 SWEEP = 2048  # slots that one step of an eviction looks at: under a millisecond
+LARGEST = 16  # a profile of more than this part of the memory stays while it is in use
 
 _SLOT_BYTES = 32 + 32  # a slot's number in `_slots`, and once freed in the arena's list
 _OWED_BYTES = 240  # an entry of `_owed` with its key and its numbers
@@ -136,6 +137,8 @@ class Profiles:
         )  # fmt: skip
         arena.unpack(arena.pack(one)[0])
         arena.read_at(one, one)
+        arena.close_gaps()
+        arena.free(one)
         partitions_of([b"0"], one, 1)
         fresh(one, one, one, np.zeros((1, 1), np.int64))
         in_step(one, one)
@@ -301,9 +304,8 @@ class Profiles:
 
     def _widen(self) -> None:
         slots = len(self._partition)
-        more = min(slots, max(slots // 16, 65_536))
         for array in (self._partition, self._offset, self._dirty, self._stale, self._recent):
-            lengthen(array, more)
+            lengthen(array, step(slots))
         self._partition[slots:] = -1
 
     def _forget(self, slots: Ints) -> None:
@@ -370,25 +372,28 @@ class Profiles:
         for store in list(self._stores.values()):
             store.flush()
 
-    def sweep(self) -> Iterator[int]:
-        """Let go of profiles that are stored, those that were not in use lately first. Yields how many, by steps.
+    def sweep(self, forced: bool) -> Iterator[int]:
+        """Let go of profiles that are stored and were not in use since the last sweep. Yields how many, by steps.
 
-        Only while all snapshots that were given out are written. Profiles that the mirror has yet to take
+        Only while all snapshots that were given out are written. Those that the mirror has yet to take
         stay, unless they are most of what there is: those it is owed, and gets from the store.
+        forced: right after another sweep; of those that were in use lately, too, but for the largest.
         """
         behind = 2 * self.unmirrored > self.size
-        for owing in (True, True) if behind else (False, False, True):
+        for owing in (False, True) if forced else (behind,):
             for _ in range(0, len(self._keys), SWEEP):
-                yield self._sweep(owing)
+                yield self._sweep(owing, forced)
 
-    def _sweep(self, owing: bool) -> int:
+    def _sweep(self, owing: bool, forced: bool) -> int:
         """One step of the clock's hand: what was in use since its last round is spared once."""
         here = slice(self._hand, min(self._hand + SWEEP, len(self._keys)))
         gone = (self._partition[here] >= 0) & ~self._dirty[here] & ~self._recent[here]
+        self._recent[here] = False
         if not owing:
             gone &= ~self._stale[here]
-        self._recent[here] = False
         slots = np.flatnonzero(gone) + here.start
+        if forced:
+            slots = slots[self._arena.sizes(slots) * LARGEST < self.used]
         for slot in slots[self._stale[slots]].tolist():
             self._owed[key_bytes(self._keys[slot])] = int(self._partition[slot]), int(self._offset[slot])
         self._forget(slots)
