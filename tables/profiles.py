@@ -180,7 +180,7 @@ class Profiles:
     @property
     def nbytes(self) -> int:
         """Memory that is taken for profiles, with their keys."""
-        return self._arena.nbytes + self._beside_the_arena
+        return self._arena.nbytes + self._beside_the_arena + len(self._owed) * _OWED_BYTES
 
     @property
     def used(self) -> int:
@@ -193,7 +193,7 @@ class Profiles:
         return (
             sum(array.nbytes for array in by_slot)
             + sys.getsizeof(self._slots) + sys.getsizeof(self._keys) + len(self._keys) * _SLOT_BYTES
-            + self._key_bytes + len(self._owed) * _OWED_BYTES
+            + self._key_bytes
         )  # fmt: skip
 
     @property
