@@ -403,15 +403,17 @@ class Profiles:
 
     def touched(self, most: int) -> Touched:
         """Up to `most` profiles that changed since they were last given out here."""
-        slots = np.flatnonzero(self._stale)[:most]
+        slots = np.flatnonzero(self._stale)
+        if len(self._owed) > len(slots):
+            return self._owed_to_the_mirror(most)
+        slots = slots[:most]
         self._stale[slots] = False
-        found = self._touched(
+        return self._touched(
             slots,
             [key_bytes(self._keys[s]) for s in slots.tolist()],
             self._offset[slots],
             self._partition[slots],
         )
-        return found if len(slots) or not self._owed else self._owed_to_the_mirror(most)
 
     def _owed_to_the_mirror(self, most: int) -> Touched:
         """Likewise of evicted ones: they are in memory for as long as it takes to read them."""
