@@ -48,7 +48,7 @@ class MirrorAgent:
     async def once(self) -> None:
         """One round: all that had changed when it began."""
         for stage in self._stages:
-            for _ in range(stage.size // AT_ONCE + 1):
+            for _ in range(stage.unmirrored // AT_ONCE + 1):
                 touched = stage.touched(AT_ONCE)
                 if not touched.keys:
                     break

@@ -300,20 +300,15 @@ def worker(name: str, alias: str | None, port: int | None) -> None:
     settings = _settings()
     pipeline = _find(settings, name, alias)
     addresses = services.addresses(settings)
-    address, redis_url = addresses.kafka, addresses.redis_url
 
     from app import kafka
     from app import worker as workers
     from tables import model_folder
 
     model = model_folder.load(settings.models_root, pipeline)
-    counts = asyncio.run(kafka.checked_partitions(address, pipeline))
-    built = workers.Worker(
-        pipeline, model, counts, address, redis_url, settings.data_root, settings.api_host,
-        port or settings.worker_port, settings.delivery,
-        round(settings.alignment_s * 1000),
-    )  # fmt: skip
-    workers.run(built, address, settings.data_root, settings.log_level)
+    counts = asyncio.run(kafka.checked_partitions(addresses.kafka, pipeline))
+    built = workers.Worker(pipeline, model, counts, addresses, settings, port or settings.worker_port)
+    workers.run(built)
 
 
 @main.command(
@@ -420,6 +415,18 @@ def bench_latency(name: str, rate: float, seconds: float, as_json: bool) -> None
     from app import bench as benches
 
     _bench_result(benches.latency(_settings(), name, rate, seconds), as_json)
+
+
+@bench.command("memory", epilog="Example: headrace bench memory --profiles 1000000 --mib 256 --json")
+@click.option("--pipeline", "-p", "name", default="card-fraud", show_default=True, metavar="NAME")
+@click.option("--profiles", default=1_000_000, show_default=True, help="How many entities have a profile.")
+@click.option("--mib", default=256, show_default=True, help="The bound on their memory.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line.")
+def bench_memory(name: str, profiles: int, mib: int, as_json: bool) -> None:
+    """What it costs to have more profiles than memory: one stage, without Kafka."""
+    from app.bench_memory import memory
+
+    _bench_result(memory(_settings(), name, profiles, mib), as_json)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ from faust.types import TP
 from faust.types.tuples import Message
 
 from agents.in_step import InStep, Place
-from agents.outbox import Outbox
 from tables.profiles import Polled
 
 SCHEME = "headrace"  # of broker addresses that use this transport
+MOST_OF_ONE = 1000  # records of one partition in a poll: a flush writes its profiles in one step
 POLL_S = 0.25  # how long a poll waits; taking partitions over waits for a poll to end
 STEP_S = 0.005  # likewise while records wait for their turn
 
@@ -52,6 +52,12 @@ class Positions(Protocol):
         """Flush and close all."""
 
 
+class Room(Protocol):
+    """Who knows whether there is room for another micro-batch: the worker's Flush."""
+
+    async def room(self) -> None: ...
+
+
 class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
     """Takes from all partitions alike what was fetched."""
 
@@ -70,15 +76,14 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
             raise driver.ConsumerStoppedError
         with fetcher._subscriptions.fetch_context():
             ready = [tp for tp in list(fetcher._records) if tp in active_partitions]
-            share = max(1, max_records // max(1, len(ready)))
+            share = max(1, min(max_records // max(1, len(ready)), MOST_OF_ONE))
             found: dict[TP, list[Any]] = {}
             for tp in ready:
                 found.update(await fetcher.fetched_records([tp], timeout=0, max_records=share))
             if found:
                 return found
-            return dict(
-                await fetcher.fetched_records(active_partitions, timeout=timeout, max_records=max_records)
-            )
+            most = min(max_records, MOST_OF_ONE)
+            return dict(await fetcher.fetched_records(active_partitions, timeout=timeout, max_records=most))
 
 
 class Consumer(driver.Consumer):  # type: ignore[misc]
@@ -194,14 +199,14 @@ class Topic(faust.Topic):  # type: ignore[misc]
         self.decode = decode
 
 
-async def polls(stream: Any, app: faust.App, outbox: Outbox) -> AsyncIterator[Polled]:
-    """The polls of a stream, each given out only when there is room for its outputs.
+async def polls(stream: Any, app: faust.App, room: Room) -> AsyncIterator[Polled]:
+    """The polls of a stream, each given out only when there is room for it and its outputs.
 
     What was polled before partitions changed hands is dropped: it is polled again from the position.
     Between this check and the fold nothing waits, so none slips through.
     """
     async for event in stream.events():
-        await outbox.room()
+        await room.room()
         if event.message.offset == app.consumer.epoch:
             yield event.value
 

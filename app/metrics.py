@@ -17,6 +17,8 @@ _Family = tuple[str, str, list[str]]  # name, help, labels
 RECORDS: _Family = ("headrace_records", "Records folded, by what became of them", ["entity", "outcome"])
 PROFILES: _Family = ("headrace_profiles", "Profiles in memory", ["entity"])
 PROFILE_BYTES: _Family = ("headrace_profile_bytes", "Memory of profiles, in bytes", ["entity"])
+LOADED: _Family = ("headrace_profiles_loaded", "Profiles read from a store", ["entity"])
+EVICTED: _Family = ("headrace_profiles_evicted", "Profiles let go from memory to make room", ["entity"])
 POSITION: _Family = (
     "headrace_position",
     "Next offset of a log that is not yet flushed",
@@ -38,23 +40,25 @@ class WorkerCollector(Collector):
         worker = self._worker
         records, profiles = CounterMetricFamily(*_of(RECORDS)), GaugeMetricFamily(*_of(PROFILES))
         sizes, positions = GaugeMetricFamily(*_of(PROFILE_BYTES)), GaugeMetricFamily(*_of(POSITION))
+        loaded, evicted = CounterMetricFamily(*_of(LOADED)), CounterMetricFamily(*_of(EVICTED))
         for stage in worker.stages:
             for outcome, count in stage.counts.items():
                 records.add_metric([stage.entity.name, outcome], count)
             profiles.add_metric([stage.entity.name], stage.size)
             sizes.add_metric([stage.entity.name], stage.nbytes)
+            loaded.add_metric([stage.entity.name], stage.loaded)
+            evicted.add_metric([stage.entity.name], stage.evicted)
         for tp, offset in worker.partitions.committable.items():
             positions.add_metric([tp.topic, str(tp.partition)], offset)
         card = worker.model.card
         model = GaugeMetricFamily(*_of(MODEL))
         model.add_metric([card.pipeline, card.version, card.definition], 1)
-        yield from (records, profiles, sizes, positions, model)
+        yield from (records, profiles, sizes, loaded, evicted, positions, model)
         yield CounterMetricFamily(*PREDICTIONS[:2], value=worker.score.predicted)
         yield CounterMetricFamily(*LABELS[:2], value=worker.route.routed if worker.route else 0)
         yield CounterMetricFamily(*DEAD_LETTERS[:2], value=worker.dead_letters)
-        if worker.mirror is not None:
-            yield CounterMetricFamily(*MIRRORED[:2], value=worker.mirror.written)
-            yield GaugeMetricFamily(*MIRROR_UP[:2], value=worker.mirror.failing is None)
+        yield CounterMetricFamily(*MIRRORED[:2], value=worker.mirror.written)
+        yield GaugeMetricFamily(*MIRROR_UP[:2], value=worker.mirror.failing is None)
 
 
 def _of(metric: _Family) -> tuple[str, str, None, list[str]]:

@@ -132,6 +132,10 @@ class Settings(BaseSettings):
         description="How far, in seconds of event time, a partition that catches up may be ahead of the slowest; 0 for "
         "no bound.",
     )
+    profiles_mib: Count = Field(
+        default=1024,
+        description="Memory of a worker's profiles, MiB; above it those not in use lately stay on disk only.",
+    )
     log_level: Annotated[LogLevel, BeforeValidator(_upper)] = Field(
         default="WARNING",
         description="Least severe log record shown: DEBUG, INFO, WARNING, ERROR or CRITICAL.",

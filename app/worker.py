@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Coroutine, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import faust
@@ -34,8 +33,9 @@ from agents.stage import Stage
 from app import faust_batches, kafka, metrics
 from app.api.server import create_api, serve
 from app.control import Control
+from app.local.services import Addresses
 from app.producer import Producer
-from app.settings import Delivery
+from app.settings import Settings
 from models import dead_letters
 from models.errors import HeadraceError
 from models.events import Clocks, EventDecoder, clocks
@@ -59,7 +59,7 @@ class Partitions:
     """Which log partitions this worker holds: opened at their positions, let go flushed."""
 
     def __init__(self, worker: Worker, address: str) -> None:
-        self._worker, self._address = worker, address
+        self._worker, self.address = worker, address
         self.committable: dict[TP, int] = {}
         self.in_step = worker.in_step
         labels = worker.pipeline.labels
@@ -91,7 +91,7 @@ class Partitions:
         scored = [tp.partition for tp in assigned if tp.topic == last_log]
         # No older owner can add to what is read here.
         await worker.producer.claim(worker.pipeline.predictions, scored)
-        score.emitted = await kafka.last_origins(self._address, worker.pipeline.predictions, scored)
+        score.emitted = await kafka.last_origins(self.address, worker.pipeline.predictions, scored)
         starts: dict[TP, int] = {}
         for tp in assigned:
             stage = worker.by_log.get(tp.topic)
@@ -174,26 +174,26 @@ class Worker:
     """The parts of a worker, wired."""
 
     def __init__(
-        self, pipeline: Pipeline, model: Model, counts: dict[str, int], kafka_address: str, redis_url: str | None,
-        data_root: Path, host: str, port: int, delivery: Delivery = "fenced",
-        alignment_ms: int = 10_000,
+        self, pipeline: Pipeline, model: Model, counts: dict[str, int], addresses: Addresses, settings: Settings,
+        port: int,
     ) -> None:  # fmt: skip
         """counts: partitions by topic, from kafka.checked_partitions."""
         self.pipeline, self.model = pipeline, model
-        self.profiles_root = data_root / "profiles" / pipeline.instance / pipeline.definition
+        self.settings = settings
+        self.profiles_root = settings.data_root / "profiles" / pipeline.instance / pipeline.definition
         self.dead_letters = 0
         self._counts = counts
-        self._address, self._delivery = kafka_address, delivery
+        self.address = addresses.kafka
         self._web: Any = None
-        self._host, self._port = host, port
-        self.url = f"http://{host}:{port}"
+        self._port = port
+        self.url = f"http://{settings.api_host}:{port}"
         self._tasks: list[asyncio.Task[None]] = []
         self.stages = [self._profiles(number) for number in range(len(pipeline.entities))]
         self.by_log = {stage.entity.log: stage for stage in self.stages}
-        self.in_step = InStep(_in_step(pipeline), alignment_ms)
-        self.partitions = Partitions(self, kafka_address)
-        self._mirror = Mirror(connect(redis_url), pipeline) if redis_url else None
-        self.mirror = MirrorAgent(self.stages, self._mirror) if self._mirror else None
+        self.in_step = InStep(_in_step(pipeline), round(settings.alignment_s * 1000))
+        self.partitions = Partitions(self, self.address)
+        self._mirror = Mirror(connect(addresses.redis_url), pipeline)
+        self.mirror = MirrorAgent(self.stages, self._mirror)
         # Made when the loop runs, by `start`.
         self.producer: Producer
         self.outbox: Outbox
@@ -233,7 +233,7 @@ class Worker:
     async def start(self) -> None:
         """Before the first partition is assigned."""
         pipeline = self.pipeline
-        self.producer = Producer(self._address, f"headrace-{pipeline.instance}", self._delivery)
+        self.producer = Producer(self.address, f"headrace-{pipeline.instance}", self.settings.delivery)
         await self.producer.start(kafka.wanted_topics(pipeline))
         self.outbox = Outbox(self.producer, _now_ms, stop_at_once)
         self.score = Score(pipeline, self.stages[-1], self.model, self.outbox, self._reject)
@@ -241,10 +241,10 @@ class Worker:
             self.route = Route(pipeline, self.outbox, self._reject_record, self._counts)
         self.flush = Flush(
             self.stages, self.route, self.outbox, self.partitions.committed,
-            pipeline.labels.topic if pipeline.labels else None,
+            pipeline.labels.topic if pipeline.labels else None, self.settings.profiles_mib * 2**20,
         )  # fmt: skip
         self.control = Control(
-            self._address, pipeline.control, self.in_step, self.stages, self.outbox,
+            self.address, pipeline.control, self.in_step, self.stages, self.outbox,
             sum(self._counts[topic] for group in _in_step(pipeline) for topic in group),
             self.partitions.replay,
         )  # fmt: skip
@@ -254,11 +254,9 @@ class Worker:
         self._background(self.control.tell_lows())
         self._background(self.control.tell_missing())
         self._background(self.flush.run())
-        if self.mirror is not None:
-            self._background(self.mirror.run())
-        if self._mirror is not None:
-            api = create_api(pipeline, self._mirror, metrics.registry(self), self._ready)
-            self._web = await serve(api, self._host, self._port)
+        self._background(self.mirror.run())
+        api = create_api(pipeline, self._mirror, metrics.registry(self), self._ready)
+        self._web = await serve(api, self.settings.api_host, self._port)
         # What exists now lives as long as the process: no collection need look at it again.
         gc.collect()
         gc.freeze()
@@ -270,13 +268,11 @@ class Worker:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.partitions.release()
-        if self.mirror is not None:
-            with contextlib.suppress(Exception):  # Redis may be away; the next owner writes it
-                await asyncio.wait_for(self.mirror.once(), 2)
+        with contextlib.suppress(Exception):  # Redis may be away; the next owner writes it
+            await asyncio.wait_for(self.mirror.once(), 2)
         if self._web is not None:
             await self._web.cleanup()
-        if self._mirror is not None:
-            await self._mirror.close()
+        await self._mirror.close()
         await self.producer.stop()
 
     def agents(self, app: faust.App) -> None:
@@ -301,7 +297,7 @@ class Worker:
             await app.wired.wait()
             try:
                 handle = make().handle
-                async for polled in faust_batches.polls(stream, app, self.outbox):
+                async for polled in faust_batches.polls(stream, app, self.flush):
                     handle(polled)
                     for partition, records in polled:
                         self.in_step.handled(topic, partition, records[-1].offset)
@@ -346,7 +342,7 @@ class Worker:
     async def _ready(self) -> str | None:
         if not self.partitions.taken:
             return "The worker holds no partitions yet; it waits for Kafka to assign some."
-        if self.mirror is not None and self.mirror.failing is not None:
+        if self.mirror.failing is not None:
             return f"Redis does not take the mirror ({self.mirror.failing}); the stream goes on."
         return None
 
@@ -367,12 +363,12 @@ class App(faust.App):  # type: ignore[misc]
         await super().on_start()
 
 
-def create_worker(worker: Worker, address: str, data_root: Path) -> App:
+def create_worker(worker: Worker) -> App:
     """The Faust application of one worker process."""
     app = App(
         kafka.group_of(worker.pipeline),
-        broker=[f"{faust_batches.SCHEME}://{server}" for server in address.split(",")],
-        datadir=str(data_root / "faust"),
+        broker=[f"{faust_batches.SCHEME}://{server}" for server in worker.address.split(",")],
+        datadir=str(worker.settings.data_root / "faust"),
         Topic=faust_batches.Topic,
         store="memory://",
         web_enabled=False,
@@ -407,13 +403,15 @@ def create_worker(worker: Worker, address: str, data_root: Path) -> App:
     return app
 
 
-def run(worker: Worker, address: str, data_root: Path, log_level: str) -> None:
+def run(worker: Worker) -> None:
     """Run a worker until SIGTERM or Ctrl-C. Does not return."""
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    app = create_worker(worker, address, data_root)
-    process = faust.Worker(app, loop=loop, loglevel=log_level, redirect_stdouts=False, quiet=True)
+    app = create_worker(worker)
+    process = faust.Worker(
+        app, loop=loop, loglevel=worker.settings.log_level, redirect_stdouts=False, quiet=True
+    )
     process.spinner = None  # it hides the cursor, and writes that into logs too
     process.execute_from_commandline()
 

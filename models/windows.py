@@ -48,6 +48,9 @@ AGGREGATES = {"count": COUNT, "sum": SUM, "mean": MEAN, "share": SHARE}
 _TIME, _ID, _STATE, _POSITIVES, _VALUES = 0, 1, 2, 3, 4
 _SMALLEST = 4  # rows in the smallest chunk: three of the profile and the closing one
 _CLASSES = 40  # chunks of up to 4 * 2**39 rows
+_TOP, _IN_USE = _CLASSES, _CLASSES + 1  # of the heap, behind the free chunks of each class
+_STEP = 16  # arrays grow by a sixteenth, and gaps are closed where that gives as much
+_DOUBLE = 4096  # lines up to which they double, some 200 KiB
 
 # Columns of the profiles' table: the chunk and its class, the first row in use (it moves up as old
 # rows are forgotten), how many rows, the newest event time; the chunk of labels that wait for events.
@@ -101,14 +104,21 @@ class Arena:
         self.plan = plan
         self._rows: Ints = np.zeros((rows, _VALUES + 2 * plan.values), np.int64)
         self._table: Ints = np.zeros((64, len(_EMPTY)), np.int64)
-        self._heap: Ints = np.full(_CLASSES + 1, _NONE, np.int64)  # free chunks by class, then the top
-        self._heap[_CLASSES] = 0
+        # Free chunks by class, then the first row that was never in a chunk, then how many rows are in one.
+        self._heap: Ints = np.full(_CLASSES + 2, _NONE, np.int64)
+        self._heap[[_TOP, _IN_USE]] = 0
         self._free: list[int] = []
         self._slots = 0
 
     @property
     def nbytes(self) -> int:
+        """What is taken from the system."""
         return self._rows.nbytes + self._table.nbytes
+
+    @property
+    def used(self) -> int:
+        """Bytes of what profiles are in: `nbytes` is a sixteenth above it, more where many were freed."""
+        return int(self._heap[_IN_USE]) * self._rows.strides[0] + self._table.nbytes
 
     def new(self) -> int:
         """An empty profile's slot."""
@@ -118,7 +128,7 @@ class Arena:
             slot = self._slots
             self._slots += 1
             if slot == len(self._table):
-                self._table = np.concatenate([self._table, np.zeros_like(self._table)])
+                lengthen(self._table, step(slot))
         self._table[slot] = _EMPTY
         return slot
 
@@ -126,6 +136,10 @@ class Arena:
         """Forget these profiles and reuse their room."""
         _release(self._rows, self._table, self._heap, slots)
         self._free.extend(slots.tolist())
+        in_use, rows = int(self._heap[_IN_USE]), len(self._rows)
+        if rows > _DOUBLE and in_use < rows * 5 // 8:
+            self.close_gaps()
+            lengthen(self._rows, max(in_use + in_use // _STEP, _DOUBLE) - rows)
 
     def fold(
         self, slots: Ints, kinds: Bytes, times: Ints, ids: Ints, values: Ints, labels: Bytes
@@ -162,6 +176,11 @@ class Arena:
         result: Ints = self._table[slots, _NEWEST]
         return result
 
+    def sizes(self, slots: Ints) -> Ints:
+        """Bytes of each profile's rows."""
+        result: Ints = (_SMALLEST << self._table[slots, _CLASS]) * self._rows.strides[0]
+        return result
+
     def pack(self, slots: Ints) -> list[bytes]:
         """Each profile as bytes that `unpack` reads back; equal profiles give equal bytes.
 
@@ -186,7 +205,30 @@ class Arena:
         return slot
 
     def _grow(self) -> None:
-        self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+        """Make room at the end of the rows."""
+        rows = len(self._rows)
+        if rows > _DOUBLE and self._heap[_TOP] - self._heap[_IN_USE] >= rows // _STEP:
+            self.close_gaps()
+        else:
+            lengthen(self._rows, step(rows))
+
+    def close_gaps(self) -> None:
+        """Move all chunks to the front: free ones of one class are of no use to another."""
+        table = self._table[: self._slots]
+        whose = [np.flatnonzero(table[:, column] != _NONE) for column in (_CHUNK, _EARLY)]
+        chunks = np.concatenate([table[whose[0], _CHUNK], table[whose[1], _EARLY]])
+        owners = np.concatenate([whose[0] * 2, whose[1] * 2 + 1])
+        _move_down(self._rows, self._table, self._heap, owners[np.argsort(chunks)])
+
+
+def step(lines: int) -> int:
+    """How many lines an array of so many grows by."""
+    return min(lines, max(lines // _STEP, _DOUBLE))
+
+
+def lengthen(array: npt.NDArray[Any], more: int) -> None:
+    """Add so many lines of zeros, in place: the system moves large arrays without a copy. Hold no view of it."""
+    array.resize((len(array) + more, *array.shape[1:]), refcheck=False)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -201,21 +243,42 @@ jit: Callable[[_Function], _Function] = njit(cache=True, nogil=True)
 def _take(rows: Ints, heap: Ints, size_class: int) -> int:
     """A chunk of this class: its first row, or -1 when the arena is full."""
     chunk = heap[size_class]
+    size = _SMALLEST << size_class
     if chunk != _NONE:
         heap[size_class] = rows[chunk, 0]  # a free chunk's first word names the next free one
-        return int(chunk)
-    top = heap[_CLASSES]
-    size = _SMALLEST << size_class
-    if top + size > rows.shape[0]:
-        return _NONE
-    heap[_CLASSES] = top + size
-    return int(top)
+    else:
+        chunk = heap[_TOP]
+        if chunk + size > rows.shape[0]:
+            return _NONE
+        heap[_TOP] = chunk + size
+    heap[_IN_USE] += size
+    return int(chunk)
 
 
 @jit
 def _give(rows: Ints, heap: Ints, chunk: int, size_class: int) -> None:
     rows[chunk, 0] = heap[size_class]
     heap[size_class] = chunk
+    heap[_IN_USE] -= _SMALLEST << size_class
+
+
+@jit
+def _move_down(rows: Ints, table: Ints, heap: Ints, owners: Ints) -> None:
+    """owners: of all chunks in use, by address: twice the slot, and one more for its waiting labels."""
+    top = 0
+    for owner in owners:
+        p = table[owner >> 1]
+        if owner & 1:
+            start, length, size_class = p[_EARLY], p[_EARLY_LENGTH], p[_EARLY_CLASS]
+            p[_EARLY] = top
+        else:
+            start, length, size_class = p[_START], p[_LENGTH] + 1, p[_CLASS]
+            p[_CHUNK] = p[_START] = top
+        for i in range(length):
+            rows[top + i] = rows[start + i]
+        top += _SMALLEST << size_class
+    heap[:_CLASSES] = _NONE
+    heap[_TOP] = top
 
 
 @jit

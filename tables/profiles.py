@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,12 +21,23 @@ from models.events import Batch, Decoded, key_bytes
 from models.partitions import partitions_of
 from models.pipeline import Entity
 from models.records import GAP, NEVER, NEWS, SEEN, chain, fresh, in_step, loosened
-from models.windows import LABEL_EARLY, NULL, OUTCOMES, Arena, Bytes, Floats, Ints
+from models.windows import LABEL_EARLY, NULL, OUTCOMES, Arena, Bytes, Floats, Ints, lengthen, step
 from tables.store import Progress, Snapshot, Store, StoreError
+
+# One RocksDB write holds the interpreter for as long as it takes: one or two microseconds for a profile,
+# more for a long one. With these bounds and those of a poll it stays below 5 ms.
+MOST_CHANGED = 1500  # profiles of a partition
+MOST_CHANGED_BYTES = 8 * 2**20  # of memory, by the mean of all profiles; half of it is written
+FEW = 100  # profiles that are written together whatever their size
+SWEEP = 2048  # slots that one step of an eviction looks at: under a millisecond
+LARGEST = 16  # a profile of more than this part of the memory stays while it is in use
 
 log = logging.getLogger(__name__)
 
 _FOR_NOW = np.iinfo(np.int64).max  # degraded, until the first record tells how long
+_SLOT_BYTES = 32 + 32  # a slot's number in `_slots`, and once freed in the arena's list
+_OWED_BYTES = 240  # an entry of `_owed` with its key and its numbers
+
 _NO_SLOT, _ABSENT, _MISPLACED = -1, -2, -3  # no key; not in memory; in another partition's log
 
 
@@ -75,6 +88,7 @@ class Touched:
     times: Ints
     offsets: Ints
     degraded: Mask
+    partitions: Ints
 
 
 class Profiles:
@@ -82,6 +96,7 @@ class Profiles:
     numeric block's columns. targets: partitions of the next entity's log.
 
     partition_of: where a key belongs, checked for each record where others than stages write the log.
+    mirrored: whether someone takes what is `touched`.
     """
 
     def __init__(
@@ -93,31 +108,41 @@ class Profiles:
         numeric: Sequence[str],
         partition_of: Callable[[bytes], int] | None = None,
         targets: int = 0,
+        mirrored: bool = True,
     ) -> None:
         self.entity = entity
+        self.loaded = self.evicted = 0  # profiles read from a store, and let go while their partition stays
         self.counts = dict.fromkeys((*OUTCOMES, "seen", "gap", "rejected"), 0)
         # By partition and source: the highest offset that came before one that is missing.
         self.gaps: dict[tuple[int, int], int] = {}
         self._decode = decode
         self._open_store = open_store
         self._partition_of = partition_of
+        self._mirrored = mirrored
         self._arena = Arena(entity.plan)
         self._value_columns: Ints = np.array([numeric.index(v) for v in entity.values], np.int64)
         self._slots: dict[Any, int] = {None: _NO_SLOT}
         self._stores: dict[int, Store] = {}
         self._positions: dict[int, int] = {}
-        self._moved: set[int] = set()  # partitions that changed since the last snapshot
+        # Records of each partition since its last snapshot; at least as many as profiles that changed.
+        self._moved: dict[int, int] = {}
         self._seen: Ints = np.full((partitions, 2 * partitions), NEVER, np.int64)
         self._sent: Ints = np.full((partitions, targets), NEVER, np.int64)
         self._clock: Ints = np.full(partitions, NULL, np.int64)
         self._degraded_until: Ints = np.full(partitions, NULL, np.int64)
         self._reach = int(entity.plan.bounds.max(initial=0))
-        # By slot: whose it is, where its last record stood, what flush and mirror have yet to take.
+        # By slot: whose it is, where its last record stood, what flush and mirror have yet to take, and
+        # whether it was in use since a sweep came by.
         self._keys: list[Any] = []
         self._partition: Ints = np.full(64, -1, np.int64)
         self._offset: Ints = np.full(64, -1, np.int64)
         self._dirty = np.zeros(64, np.bool_)
         self._stale = np.zeros(64, np.bool_)
+        self._recent = np.zeros(64, np.bool_)
+        self._hand = 0  # where the next sweep begins
+        self._key_bytes = 0
+        # Partition and last offset of profiles that were evicted before the mirror took them.
+        self._owed: dict[bytes, tuple[int, int]] = {}
 
     def warm(self) -> None:
         """Load the compiled kernel, so that the first event need not wait for it."""
@@ -128,6 +153,8 @@ class Profiles:
         )  # fmt: skip
         arena.unpack(arena.pack(one)[0])
         arena.read_at(one, one)
+        arena.close_gaps()
+        arena.free(one)
         partitions_of([b"0"], one, 1)
         fresh(one, one, one, one, np.zeros((1, 1), np.int64))
         chain(one, one, one, np.zeros((1, 1), np.int64))
@@ -160,7 +187,7 @@ class Profiles:
         if cut:
             self._seen[partition] = loosened(self._seen[partition])
             self._degraded_until[partition] = _FOR_NOW
-            self._moved.add(partition)
+            self._moved[partition] = self._moved.get(partition, 0)
 
     def close(self, partition: int) -> None:
         """Let a partition go. What was not flushed is folded again by its next owner."""
@@ -170,13 +197,9 @@ class Profiles:
         store.close()
         self._positions.pop(partition, None)
         self.gaps = {at: highest for at, highest in self.gaps.items() if at[0] != partition}
-        self._moved.discard(partition)
-        slots = np.flatnonzero(self._partition == partition)
-        self._arena.free(slots)
-        for slot in slots.tolist():
-            del self._slots[self._keys[slot]]
-        self._partition[slots] = -1
-        self._dirty[slots] = self._stale[slots] = False
+        self._moved.pop(partition, None)
+        self._forget(np.flatnonzero(self._partition == partition))
+        self._owed = {k: owed for k, owed in self._owed.items() if owed[0] != partition}
 
     @property
     def positions(self) -> Mapping[int, int]:
@@ -194,7 +217,27 @@ class Profiles:
 
     @property
     def nbytes(self) -> int:
-        return self._arena.nbytes
+        """Memory that is taken for profiles, with their keys."""
+        return self._arena.nbytes + self._beside_the_arena + len(self._owed) * _OWED_BYTES
+
+    @property
+    def used(self) -> int:
+        """Memory that profiles are in, in bytes: what eviction can give back."""
+        return self._arena.used + self._beside_the_arena
+
+    @property
+    def _beside_the_arena(self) -> int:
+        by_slot = (self._partition, self._offset, self._dirty, self._stale, self._recent)
+        return (
+            sum(array.nbytes for array in by_slot)
+            + sys.getsizeof(self._slots) + sys.getsizeof(self._keys) + len(self._keys) * _SLOT_BYTES
+            + self._key_bytes
+        )  # fmt: skip
+
+    @property
+    def unmirrored(self) -> int:
+        """How many profiles the mirror has yet to take."""
+        return int(np.count_nonzero(self._stale)) + len(self._owed)
 
     # --- the path of a micro-batch -------------------------------------------------------------
 
@@ -245,11 +288,11 @@ class Profiles:
         )
         # 5. remember what flush, mirror and metrics have to tell
         keyed = slots >= 0
-        self._dirty[slots[keyed]] = True
+        self._dirty[slots[keyed]] = self._recent[slots[keyed]] = True
         self._offset[slots[keyed]] = offsets[keyed]
         degraded = self._degraded(batch, logs)
         changed = keyed & (outcomes != LABEL_EARLY)  # a label that waits for its event changes no value
-        self._stale[slots[changed]] = True
+        self._stale[slots[changed]] = self._mirrored
         for code, count in enumerate(np.bincount(outcomes, minlength=len(OUTCOMES)).tolist()):
             self.counts[OUTCOMES[code]] += count
         self.counts["rejected"] += len(rejects)
@@ -303,7 +346,7 @@ class Profiles:
             owners.append(partition)
             lengths.append(len(found))
             self._positions[partition] = found[-1].offset + 1
-            self._moved.add(partition)
+            self._moved[partition] = self._moved.get(partition, 0) + len(found)
         return records, np.repeat(np.array(owners, np.int64), lengths)
 
     def _slots_of(self, keys: list[Any], logs: Ints) -> Ints:
@@ -320,21 +363,36 @@ class Profiles:
             return _MISPLACED
         packed = self._stores[partition].get(key_bytes(key))
         slot = self._arena.new() if packed is None else self._arena.unpack(packed)
+        self.loaded += packed is not None
         if slot >= len(self._partition):
             self._widen()
         while len(self._keys) <= slot:
             self._keys.append(None)
         self._keys[slot] = key
+        self._key_bytes += _size(key)
         self._partition[slot] = partition
         self._slots[key] = slot
+        owed = self._owed.pop(key_bytes(key), None) if self._owed else None
+        if owed is not None:
+            self._stale[slot], self._offset[slot] = True, owed[1]
         return slot
 
     def _widen(self) -> None:
-        more = len(self._partition)
-        self._partition = np.concatenate([self._partition, np.full(more, -1, np.int64)])
-        self._offset = np.concatenate([self._offset, np.full(more, -1, np.int64)])
-        self._dirty = np.concatenate([self._dirty, np.zeros(more, np.bool_)])
-        self._stale = np.concatenate([self._stale, np.zeros(more, np.bool_)])
+        slots = len(self._partition)
+        for array in (self._partition, self._offset, self._dirty, self._stale, self._recent):
+            lengthen(array, step(slots))
+        self._partition[slots:] = -1
+
+    def _forget(self, slots: Ints) -> None:
+        """Free these slots."""
+        self._arena.free(slots)
+        for slot in slots.tolist():
+            key = self._keys[slot]
+            del self._slots[key]
+            self._key_bytes -= _size(key)
+            self._keys[slot] = None
+        self._partition[slots] = -1
+        self._dirty[slots] = self._stale[slots] = self._recent[slots] = False
 
     def _at_home(self, slots: Ints, logs: Ints) -> Mask:
         """An entity has one log partition: what comes in another one would split its profile."""
@@ -352,20 +410,31 @@ class Profiles:
 
     # --- what others take ----------------------------------------------------------------------
 
-    def snapshots(self) -> list[Snapshot]:
-        """The state between two micro-batches of each partition that moved since the last call.
+    def snapshots(self) -> Iterator[Snapshot]:
+        """The state between two micro-batches of each partition that moved since it was last given out.
 
-        Write them, in order, once all outputs up to here are acknowledged.
+        Each is of the moment in which it is taken from here. Write them, in order, once all outputs up
+        to there are acknowledged.
         """
-        result = []
         for partition in sorted(self._moved):
-            slots = np.flatnonzero(self._dirty & (self._partition == partition))
+            if self._moved.pop(partition, None) is None:
+                continue  # let go meanwhile
+            slots = np.flatnonzero(self._dirty)
+            slots = slots[self._partition[slots] == partition]
             self._dirty[slots] = False
             keys = [key_bytes(self._keys[s]) for s in slots.tolist()]
             packed = list(zip(keys, self._arena.pack(slots), strict=True))
-            result.append(Snapshot(partition, self._progress(partition), packed))
-        self._moved.clear()
-        return result
+            yield Snapshot(partition, self._progress(partition), packed)
+
+    def crowded(self) -> bool:
+        """Whether more profiles of a partition have changed than one write should hold."""
+        mean = self._arena.used // max(self.size, 1)
+        most = min(MOST_CHANGED, max(MOST_CHANGED_BYTES // max(mean, 1), FEW))
+        if max(self._moved.values(), default=0) <= most:
+            return False
+        changed = np.bincount(self._partition[np.flatnonzero(self._dirty)], minlength=len(self._seen))
+        self._moved.update((p, int(changed[p])) for p in self._moved)
+        return max(self._moved.values()) > most
 
     def _progress(self, partition: int) -> Progress:
         return Progress(
@@ -386,25 +455,85 @@ class Profiles:
         for store in list(self._stores.values()):
             store.flush()
 
+    def sweep(self, forced: bool) -> Iterator[int]:
+        """Let go of profiles that are stored and were not in use since the last sweep. Yields how many, by steps.
+
+        Only while all snapshots that were given out are written. Those that the mirror has yet to take
+        stay, unless they are most of what there is: those it is owed, and gets from the store.
+        forced: right after another sweep; of those that were in use lately, too, but for the largest.
+        """
+        behind = 2 * self.unmirrored > self.size
+        for owing in (False, True) if forced else (behind,):
+            for _ in range(0, len(self._keys), SWEEP):
+                yield self._sweep(owing, forced)
+
+    def _sweep(self, owing: bool, forced: bool) -> int:
+        """One step of the clock's hand: what was in use since its last round is spared once."""
+        here = slice(self._hand, min(self._hand + SWEEP, len(self._keys)))
+        gone = (self._partition[here] >= 0) & ~self._dirty[here] & ~self._recent[here]
+        self._recent[here] = False
+        if not owing:
+            gone &= ~self._stale[here]
+        slots = np.flatnonzero(gone) + here.start
+        if forced:
+            slots = slots[self._arena.sizes(slots) * LARGEST < self.used]
+        for slot in slots[self._stale[slots]].tolist():
+            self._owed[key_bytes(self._keys[slot])] = int(self._partition[slot]), int(self._offset[slot])
+        self._forget(slots)
+        self._hand = here.stop if here.stop < len(self._keys) else 0
+        self.evicted += len(slots)
+        return len(slots)
+
     def touched(self, most: int) -> Touched:
         """Up to `most` profiles that changed since they were last given out here."""
-        slots = np.flatnonzero(self._stale)[:most]
+        slots = np.flatnonzero(self._stale)
+        if len(self._owed) > len(slots):
+            return self._owed_to_the_mirror(most)
+        slots = slots[:most]
         self._stale[slots] = False
-        times = self._arena.newest(slots)
-        return Touched(
+        return self._touched(
             slots,
             [key_bytes(self._keys[s]) for s in slots.tolist()],
-            self._arena.read_at(slots, times),
-            times,
             self._offset[slots],
-            times < self._degraded_until[self._partition[slots]],
+            self._partition[slots],
         )
+
+    def _owed_to_the_mirror(self, most: int) -> Touched:
+        """Likewise of evicted ones: they are in memory for as long as it takes to read them."""
+        keys, offsets, partitions, slots = [], [], [], []
+        for key in list(islice(self._owed, most)):
+            partition, offset = self._owed.pop(key)
+            packed = self._stores[partition].get(key)
+            if packed is not None:
+                slots.append(self._arena.unpack(packed))
+                keys.append(key)
+                offsets.append(offset)
+                partitions.append(partition)
+        passing = np.array(slots, np.int64)
+        found = self._touched(passing, keys, np.array(offsets, np.int64), np.array(partitions, np.int64))
+        self._arena.free(passing)
+        return replace(found, slots=np.full(len(keys), _NO_SLOT))
+
+    def _touched(self, slots: Ints, keys: list[bytes], offsets: Ints, partitions: Ints) -> Touched:
+        times = self._arena.newest(slots)
+        degraded = times < self._degraded_until[partitions]
+        return Touched(slots, keys, self._arena.read_at(slots, times), times, offsets, degraded, partitions)
 
     def touch(self, touched: Touched) -> None:
         """Give these out again: they could not be used. Profiles that were let go meanwhile are not."""
-        for slot, key in zip(touched.slots.tolist(), touched.keys, strict=True):
-            if self._partition[slot] >= 0 and key_bytes(self._keys[slot]) == key:
+        where = zip(
+            touched.slots.tolist(), touched.partitions.tolist(), touched.offsets.tolist(), strict=True
+        )
+        for key, (slot, partition, offset) in zip(touched.keys, where, strict=True):
+            if slot >= 0 and self._partition[slot] >= 0 and key_bytes(self._keys[slot]) == key:
                 self._stale[slot] = True
+            elif partition in self._stores:  # evicted meanwhile
+                self._owed[key] = partition, offset
+
+
+def _size(key: Any) -> int:
+    """Bytes of a key as the allocator counts them."""
+    return (sys.getsizeof(key) + 15) // 16 * 16
 
 
 def _utc(time: int) -> str:

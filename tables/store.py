@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from rocksdict import Options, Rdict, WriteBatch, WriteOptions
+from rocksdict import (
+    BlockBasedOptions,
+    Cache,
+    Options,
+    Rdict,
+    WriteBatch,
+    WriteBufferManager,
+    WriteOptions,
+)
 
 from models.errors import HeadraceError
 from models.windows import NULL
@@ -19,6 +27,10 @@ from models.windows import NULL
 LAYOUT = 2  # of keys and values below
 _META = b"\x00meta"  # no entity's key begins with a zero byte: keys have the prefix below
 _PROFILE = b"\x01"
+
+# All stores of a process share these: by default each has 2 GiB of blocks, and its own buffers.
+_BLOCKS = Cache(64 * 2**20)
+_BUFFERS = WriteBufferManager(64 * 2**20, False)
 
 
 class StoreError(HeadraceError):
@@ -65,6 +77,11 @@ class Store:
         options = Options(raw_mode=True)
         options.set_write_buffer_size(16 * 2**20)
         options.set_keep_log_file_num(2)
+        options.set_write_buffer_manager(_BUFFERS)
+        blocks = BlockBasedOptions()
+        blocks.set_block_cache(_BLOCKS)
+        blocks.set_bloom_filter(10, False)  # a new key is not looked for in every file
+        options.set_block_based_table_factory(blocks)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = Rdict(str(path), options)

@@ -1,12 +1,11 @@
 """A record between stages that a broker acknowledged and lost: noticed, and sent again by its writer."""
 
-import asyncio
 import sys
 from pathlib import Path
 
 import pytest
 
-from app import kafka, replay, session, verify
+from app import replay, session, verify
 from app.local.services import Addresses
 from app.settings import Settings
 from models.pipeline import find

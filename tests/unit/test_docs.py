@@ -96,7 +96,9 @@ def test_exit_codes() -> None:
 def worker_metrics() -> dict[str, set[str]]:
     """Names and labels of a worker's metrics."""
     pipeline = find("card-fraud", PIPELINES)
-    counted = SimpleNamespace(entity=pipeline.entities[0], counts={"folded": 1}, size=0, nbytes=0)
+    counted = SimpleNamespace(
+        entity=pipeline.entities[0], counts={"folded": 1}, size=0, nbytes=0, loaded=0, evicted=0
+    )
     worker: Any = SimpleNamespace(
         stages=[counted],
         partitions=SimpleNamespace(committable={TP("log", 0): 1}),

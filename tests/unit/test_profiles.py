@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -92,12 +93,13 @@ def results(applied: Iterable[Applied]) -> Results:
 
 # --- histories: what becomes of the process between polls --------------------------------------
 
-POLL, WRITE, FLUSH, STOP, CRASH = "poll", "write", "flush", "stop", "crash"
+POLL, WRITE, FLUSH, EVICT, STOP, CRASH = "poll", "write", "flush", "evict", "stop", "crash"
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just(POLL), st.tuples(*[st.integers(0, 5)] * PARTITIONS)),
         st.tuples(st.just(POLL), st.tuples(*[st.integers(0, 5)] * PARTITIONS)),
         st.tuples(st.sampled_from([WRITE, FLUSH, STOP]), st.none()),
+        st.tuples(st.just(EVICT), st.integers(1, 3)),
         st.tuples(st.just(CRASH), st.integers(0, 3)),
     ),
     max_size=14,
@@ -144,6 +146,12 @@ class Life:
 
     def flush(self, _: None = None) -> None:
         self.profiles.flush()
+
+    def evict(self, steps: int) -> None:
+        self.write()
+        size = self.profiles.size
+        gone = sum(islice(chain(self.profiles.sweep(False), self.profiles.sweep(True)), steps))
+        assert self.profiles.size == size - gone
 
     def stop(self, _: None = None) -> None:
         self.end()
@@ -436,7 +444,7 @@ def test_records_before_the_position_are_dropped(tmp_path: Path) -> None:
     customer, profiles = AT_HOME[1][0], opened(customers(tmp_path))
     profiles.start_at(1, 2)
     assert profiles.apply([(1, orders(customer, 1, 2))]).offsets.tolist() == []
-    assert profiles.snapshots() == []  # not even a position has moved
+    assert list(profiles.snapshots()) == []  # not even a position has moved
     assert profiles.apply([(1, orders(customer, 1, 2, 3, 4))]).offsets.tolist() == [2, 3]
     assert profiles.apply([(1, orders(customer, 1, 2, 3, 4, 5))]).offsets.tolist() == [4]
     assert profiles.apply([(1, [])]).offsets.tolist() == []
@@ -493,7 +501,7 @@ def test_a_misplaced_key_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     profiles = opened(customers(tmp_path))
     mine, other = AT_HOME[0][0], AT_HOME[1][0]
     profiles.apply([(0, orders(mine, 1)), (1, orders(other, 1))])
-    profiles.snapshots()
+    list(profiles.snapshots())
     # keyed by something else: one whose profile is known, one whose is not, and between them a good one
     stranger = AT_HOME[2][1]
     wrong = [
@@ -547,9 +555,9 @@ def test_a_snapshot_is_of_its_moment_and_of_what_changed(tmp_path: Path) -> None
     profiles = opened(customers(tmp_path))
     one, two = AT_HOME[0]
     profiles.apply([(0, orders(one, 1)), (1, orders(AT_HOME[1][0], 1))])
-    first = profiles.snapshots()
+    first = list(profiles.snapshots())
     before = [(s.progress.position, s.progress.seen, list(s.profiles)) for s in first]
-    assert profiles.snapshots() == []
+    assert list(profiles.snapshots()) == []
     profiles.apply([(0, orders(two, 5, first=1))])
     (second,) = profiles.snapshots()
     assert (second.partition, second.progress.position, [k for k, _ in second.profiles]) == (
@@ -628,6 +636,70 @@ def test_touched_gives_no_more_than_asked_and_all_in_the_end(tmp_path: Path) -> 
     assert sorted(key for keys in given_out for key in keys) == sorted(key_bytes(c) for c in some)
 
 
+def evicted(profiles: Profiles) -> int:
+    return sum(profiles.sweep(False)) + sum(profiles.sweep(True))
+
+
+def test_what_is_evicted_is_read_back_and_the_mirror_still_gets_it(tmp_path: Path) -> None:
+    profiles, stay = opened(customers(tmp_path)), opened(customers(tmp_path / "stay"))
+    one, two = AT_HOME[0]
+    polled = [(0, [*orders(one, 1, 2), *orders(two, 3, first=2)])]
+    profiles.apply(polled)
+    stay.apply(polled)
+    assert evicted(profiles) == 0  # nothing is stored yet
+    for snapshot in profiles.snapshots():
+        profiles.write(snapshot)
+    first = profiles.touched(1)
+    assert evicted(profiles) == 2
+    assert (profiles.size, profiles.evicted, profiles.unmirrored) == (0, 2, 1)
+    profiles.touch(first)  # it was evicted while it was on its way
+    again, expected = profiles.touched(10), stay.touched(10)
+    assert profiles.touched(10).keys == []
+    order_of = [again.keys.index(key) for key in expected.keys]
+    assert bits(again.features[order_of]) == bits(expected.features)
+    assert again.times[order_of].tolist() == expected.times.tolist()
+    assert again.offsets[order_of].tolist() == expected.offsets.tolist()
+    profiles.touch(again)
+    applied = profiles.apply([(0, orders(one, 4, first=3))])  # one comes back, and is given out once
+    assert bits(applied.features) == bits(stay.apply([(0, orders(one, 4, first=3))]).features)
+    assert profiles.loaded == 1
+    assert sorted(profiles.touched(10).keys + profiles.touched(10).keys) == [key_bytes(one), key_bytes(two)]
+    profiles.touch(again)
+    profiles.close(0)
+    assert (profiles.touched(10).keys, profiles.unmirrored) == ([], 0)
+
+
+def test_what_was_in_use_lately_stays(tmp_path: Path) -> None:
+    profiles = opened(customers(tmp_path))
+    one, two = AT_HOME[0]
+
+    def store_all() -> None:
+        for snapshot in profiles.snapshots():
+            profiles.write(snapshot)
+        profiles.touched(10)
+
+    profiles.apply([(0, [*orders(one, 1), *orders(two, 2, first=1)])])
+    store_all()
+    assert sum(profiles.sweep(False)) == 0  # both were new; now neither is
+    profiles.apply([(0, orders(two, 3, first=2))])
+    store_all()
+    assert sum(profiles.sweep(False)) == 1
+    assert profiles.apply([(0, orders(two, 4, first=3))]).features[0, 0] == 3
+    assert (profiles.size, profiles.loaded) == (1, 0)
+
+
+def test_memory_is_counted_as_it_is_taken_and_given_back(tmp_path: Path) -> None:
+    profiles = opened(customers(tmp_path))
+    empty = profiles.used
+    some = [c for c in range(3000) if home(c) == 0]
+    profiles.apply([(0, [Fetched(i, order(i, CUSTOMER=c)) for i, c in enumerate(some)])])
+    assert profiles.nbytes >= profiles.used > empty + len(some) * 200
+    profiles.close(0)
+    # what grew with them is kept for others: the table, the arrays by slot, the dictionary
+    assert profiles.used < empty + len(some) * 300
+    assert profiles._key_bytes == 0
+
+
 def test_what_could_not_be_used_is_given_out_again(tmp_path: Path) -> None:
     profiles = opened(customers(tmp_path))
     one, two = AT_HOME[0]
@@ -661,7 +733,7 @@ def test_a_profile_of_labels_alone_is_stored_and_not_given_out(tmp_path: Path) -
     (value,) = codec.encode(events, np.zeros((1, 2)), np.array([0]), np.array([0]), NONE_BEFORE, SOUND)
     profiles.apply([(p, [Fetched(1, value, b"x")])])
     assert profiles.counts["label_early"] == profiles.counts["folded"] == 1
-    packed = np.frombuffer(profiles.snapshots()[0].profiles[0][1], "<i8")
+    packed = np.frombuffer(next(profiles.snapshots()).profiles[0][1], "<i8")
     assert packed[3] % 4 == 2  # the row has the label that waited for it
 
 
@@ -683,7 +755,7 @@ def test_a_label_touches_what_it_changes(tmp_path: Path) -> None:
 def test_warming_changes_nothing(tmp_path: Path) -> None:
     profiles = opened(customers(tmp_path))
     profiles.warm()
-    assert (profiles.size, profiles.snapshots(), profiles.touched(10).keys) == (0, [], [])
+    assert (profiles.size, list(profiles.snapshots()), profiles.touched(10).keys) == (0, [], [])
     assert set(profiles.counts.values()) == {0}
 
 

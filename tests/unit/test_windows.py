@@ -330,6 +330,23 @@ def test_what_did_not_fit_is_used_again() -> None:
     assert arena.nbytes == Arena(worker.plan, 64).nbytes
 
 
+def test_memory_follows_what_is_in_use() -> None:
+    """Many small profiles, some of them freed, then few large ones: chunks of one size become the other's."""
+    worker = Worker(plan([Aggregate(COUNT, 10**6)], 0, 0))
+    arena, n = worker.arena, 30_000
+    worker.fold([Entry(p, p, p) for p in range(n)])
+    full, kept = arena.nbytes, np.arange(0, n, 10)
+    before = arena.pack(kept)
+    assert arena.used <= full <= arena.used * 1.2
+    arena.free(np.setdiff1d(np.arange(n), kept))
+    assert arena.nbytes < full  # given back, but for the table
+    assert arena.pack(kept) == before
+    large = [Entry(n + i % 300, i, i) for i in range(300 * 250)]
+    worker.fold(large)
+    assert arena.nbytes <= full * 1.2
+    assert arena.pack(kept) == before
+
+
 def test_a_freed_slot_comes_back_empty() -> None:
     _, _, worker = fold(RISK, label(0, 100, 9, POSITIVE), Entry(0, 90, 1), Entry(0, 91, 2))
     arena = worker.arena
