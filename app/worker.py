@@ -23,6 +23,7 @@ import faust
 import uvloop
 from faust.types import TP
 
+from agents.checkpoint import CheckpointAgent
 from agents.flush import Flush
 from agents.mirror import MirrorAgent
 from agents.outbox import Outbox
@@ -38,6 +39,8 @@ from models.partitions import partition_of
 from models.pipeline import Pipeline
 from models.records import RecordCodec
 from models.scoring import Model
+from tables import homes
+from tables.checkpoints import Checkpoints
 from tables.mirror import Mirror, connect
 from tables.profiles import Applied, Profiles, Record
 from tables.store import Store
@@ -46,6 +49,7 @@ POLL_RECORDS = 4000  # of all topics in one poll at most: some 40 ms of work
 QUEUED_POLLS = 2  # decoded work never waits long behind a rebalance
 SESSION_S = 10.0
 STOP_S = 30.0
+TAKE_S = 600.0  # a checkpoint of some GB is restored by then; who hangs for longer is better started anew
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +62,16 @@ class Partitions:
         self.committable: dict[TP, int] = {}
         labels = worker.pipeline.labels
         self.first = (labels.topic,) if labels is not None else ()
+        self.log_starts: dict[tuple[str, int], int] = {}  # of what is being opened
         self.taken = False
+        self._released = 0
 
     async def take(
         self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer
     ) -> Mapping[TP, int]:
         """Open what was assigned and find where each starts. What fails stops the worker."""
         try:
-            return await asyncio.wait_for(self._take(committed, consumer), 60)
+            return await asyncio.wait_for(self._take(committed, consumer), TAKE_S)
         except Exception as error:
             stop_at_once(error)
 
@@ -79,37 +85,59 @@ class Partitions:
         last_log = worker.pipeline.entities[-1].log
         scored = [tp.partition for tp in assigned if tp.topic == last_log]
         score.emitted = await kafka.last_origins(self._address, worker.pipeline.predictions, scored)
+        positions = await self._open([tp for tp in assigned if tp.topic in worker.by_log], first)
+        if positions is None:
+            return {}
         starts: dict[TP, int] = {}
         for tp in assigned:
-            stage = worker.by_log.get(tp.topic)
-            if stage is None:  # labels: the router keeps no store, and sends again what it must
-                offset = committed[tp]
-                starts[tp] = first[tp] if offset is None or offset < first[tp] else offset
-                assert worker.route is not None
-                worker.route.positions[tp.partition] = starts[tp]
+            if tp in positions:
+                starts[tp] = self._start_of(tp, positions[tp], first[tp], ends[tp])
+                worker.by_log[tp.topic].start_at(tp.partition, starts[tp])
                 continue
-            position = await asyncio.to_thread(stage.open, tp.partition)
-            if position is not None and not first[tp] <= position <= ends[tp]:
-                raise HeadraceError(
-                    f"The store of {tp.topic} partition {tp.partition} is at offset {position}, but the log holds "
-                    f"{first[tp]} to {ends[tp]}. If the topic was made anew, remove {worker.profiles_root}; "
-                    "the profiles are folded again from the log."
-                )
-            if position is None and first[tp] > 0:
-                log.warning(
-                    "%s partition %d has no store here and its log begins at offset %d: values lack what "
-                    "retention has cut until the longest window has passed", tp.topic, tp.partition, first[tp],
-                )  # fmt: skip
-            starts[tp] = first[tp] if position is None else position
-            stage.start_at(tp.partition, starts[tp])
+            # labels: the router keeps no store, and sends again what it must
+            offset = committed[tp]
+            starts[tp] = first[tp] if offset is None or offset < first[tp] else offset
+            assert worker.route is not None
+            worker.route.positions[tp.partition] = starts[tp]
         self.taken = bool(assigned)
         held = ", ".join(f"{len(s.partitions)} of {s.entity.log}" for s in worker.stages)
         say(f"{worker.pipeline.instance}: holds {held}; model {worker.model.card.version}; {worker.url}")
         return starts
 
+    async def _open(self, tps: list[TP], first: Mapping[TP, int]) -> dict[TP, int | None] | None:
+        """Open their stores, all at once: their positions. None where they were released meanwhile."""
+        released, stages = self._released, self._worker.by_log
+        self.log_starts = {(tp.topic, tp.partition): first[tp] for tp in tps}
+        positions = await asyncio.gather(
+            *(asyncio.to_thread(stages[tp.topic].open, tp.partition) for tp in tps)
+        )
+        if released == self._released:
+            return dict(zip(tps, positions, strict=True))
+        for tp in tps:
+            stages[tp.topic].close(tp.partition)
+        return None
+
+    def _start_of(self, tp: TP, position: int | None, first: int, end: int) -> int:
+        """Where a partition starts, whose store is at `position`, and whose log holds `first` to `end`."""
+        if position is None:
+            if first > 0:
+                log.warning(
+                    "%s partition %d has no store here and its log begins at offset %d: values lack what "
+                    "retention has cut until the longest window has passed", tp.topic, tp.partition, first,
+                )  # fmt: skip
+            return first
+        if not first <= position <= end:
+            raise HeadraceError(
+                f"The store of {tp.topic} partition {tp.partition} is at offset {position}, but the log holds "
+                f"{first} to {end}. If the topic was made anew, remove {self._worker.profiles_root} and its "
+                "checkpoints; the profiles are folded again from the log."
+            )
+        return position
+
     async def release(self) -> None:
         """Flush and close all: before a rebalance, and at the end."""
         worker = self._worker
+        self._released += 1
         self.taken = False
         await worker.flush.once()
         await worker.flush.durable()
@@ -128,11 +156,12 @@ class Worker:
 
     def __init__(
         self, pipeline: Pipeline, model: Model, counts: dict[str, int], kafka_address: str, redis_url: str | None,
-        data_root: Path, host: str, port: int,
+        data_root: Path, host: str, port: int, checkpoints: Checkpoints | None, checkpoint_every_s: float,
     ) -> None:  # fmt: skip
-        """counts: partitions by topic, from kafka.checked_partitions."""
+        """counts: partitions by topic, from kafka.checked_partitions. checkpoints: None for none."""
         self.pipeline, self.model = pipeline, model
-        self.profiles_root = data_root / "profiles" / pipeline.instance / pipeline.definition
+        self.profiles_root = homes.root_of(data_root, pipeline)
+        self._data_root, self._checkpoints = data_root, checkpoints
         self.dead_letters = 0
         self._counts = counts
         self._producer: Any = None
@@ -146,6 +175,9 @@ class Worker:
         self.partitions = Partitions(self, kafka_address)
         self._mirror = Mirror(connect(redis_url), pipeline) if redis_url else None
         self.mirror = MirrorAgent(self.stages, self._mirror) if self._mirror else None
+        self.checkpoint = (
+            CheckpointAgent(self.stages, checkpoints, checkpoint_every_s, _now_ms) if checkpoints else None
+        )
         # Made when the loop runs, by `start`.
         self.outbox: Outbox
         self.score: Score
@@ -156,8 +188,12 @@ class Worker:
         pipeline, entity = self.pipeline, self.pipeline.entities[number]
         partitions = self._counts[entity.log]
 
-        def open_store(partition: int) -> Store:
-            return Store(self.profiles_root / entity.name / f"{partition:04d}", pipeline.definition)
+        def store_of(partition: int) -> Store:
+            return homes.open_store(
+                homes.folder_of(self._data_root, pipeline, entity.name, partition), pipeline.definition,
+                self._checkpoints.place(entity.name, partition) if self._checkpoints else None,
+                self.partitions.log_starts[entity.log, partition],
+            )  # fmt: skip
 
         if number:
             codec = RecordCodec(pipeline, number)
@@ -166,7 +202,7 @@ class Worker:
             decoder = EventDecoder(pipeline)
             decode = lambda values, keys, sent: decoder.decode(values, sent)  # noqa: E731
         return Profiles(
-            entity, decode, open_store,
+            entity, decode, store_of,
             # `seen` has a row for each partition of the log, a pair of columns for each of its writers'.
             max(self._counts.values()) if number else partitions,
             [f.name for f in pipeline.stream.numeric],
@@ -192,6 +228,8 @@ class Worker:
         self._background(self.flush.run())
         if self.mirror is not None:
             self._background(self.mirror.run())
+        if self.checkpoint is not None:
+            self._background(self.checkpoint.run())
         if self._mirror is not None:
             api = create_api(pipeline, self._mirror, metrics.registry(self), self._ready)
             self._web = await serve(api, self._host, self._port)
