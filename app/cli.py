@@ -74,6 +74,10 @@ def _print_json(value: Any) -> None:
 # --- services ----------------------------------------------------------------------------------
 
 
+def _tell(sentence: str) -> None:
+    click.echo(f"headrace: {sentence}", err=True)
+
+
 @main.command(epilog="Example: headrace up && headrace status")
 def up() -> None:
     """Start Kafka, Valkey and PostgreSQL here, as far as no setting names others."""
@@ -172,6 +176,78 @@ def topics_create(name: str, alias: str | None) -> None:
     made = asyncio.run(kafka.create_topics(address, pipeline, settings.partitions, settings.replication))
     for topic in kafka.wanted_topics(pipeline):
         click.echo(f"{topic}  {'created' if topic in made else 'was there'}")
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+@main.group("checkpoints")
+def checkpoints_group() -> None:
+    """Copies of the workers' stores, in a folder or at a URL (HEADRACE_CHECKPOINTS)."""
+
+
+@checkpoints_group.command("list", epilog="Example: headrace checkpoints list --pipeline card-fraud")
+@_pipeline_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON array.")
+def checkpoints_list(name: str, alias: str | None, as_json: bool) -> None:
+    """What there is, the newest of each partition first."""
+    import time
+
+    from app import checkpoints
+    from app.terminal import table
+
+    settings = _settings()
+    found = checkpoints.listed(settings, _find(settings, name, alias), time.time_ns() // 1_000_000, _tell)
+    if as_json:
+        _print_json(found)
+    else:
+        table(["entity", "partition", "position", "age, s", "files", "MB"], [list(c.values()) for c in found])
+
+
+@checkpoints_group.command("verify", epilog="Example: headrace checkpoints verify --pipeline card-fraud")
+@_pipeline_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def checkpoints_verify(name: str, alias: str | None, as_json: bool) -> None:
+    """Read every file and compare its checksum. Exit 1 if one is damaged, each named."""
+    from app import checkpoints
+
+    settings = _settings()
+    counts = checkpoints.verify(settings, _find(settings, name, alias), _tell)
+    if as_json:
+        _print_json(counts)
+    else:
+        click.echo(
+            f"{counts['checkpoints']:,} checkpoints, {counts['files']:,} files, {counts['bytes'] / 1e6:,.1f} MB, "
+            f"{counts['damaged']:,} damaged"
+        )
+    if counts["damaged"]:
+        sys.exit(1)
+
+
+@checkpoints_group.command("restore", epilog="Example: headrace checkpoints restore --pipeline card-fraud")
+@_pipeline_options
+@click.option("--partition", type=click.IntRange(min=0), help="Only this one, of each entity.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array.")
+def checkpoints_restore(name: str, alias: str | None, partition: int | None, as_json: bool) -> None:
+    """Put the newest good ones where a worker of this data root begins. Newer stores here stay."""
+    from dataclasses import asdict
+
+    from app import checkpoints
+
+    settings = _settings()
+    done = []
+    for one in checkpoints.restore(settings, _find(settings, name, alias), partition, _tell):
+        done.append(asdict(one))
+        if not as_json:
+            what = f"{one.entity} partition {one.partition} at offset {one.position}"
+            rate = one.restored / 1e6 / one.seconds if one.restored else 0.0
+            click.echo(
+                f"{what}: {one.restored / 1e6:,.1f} MB, {rate:,.1f} MB/s"
+                if rate
+                else f"{what}: the store here is as new"
+            )
+    if as_json:
+        _print_json(done)
 
 
 # --- history and models ------------------------------------------------------------------------

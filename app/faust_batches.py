@@ -107,8 +107,12 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         """Start each partition at its position. Faust calls this when partitions were assigned.
 
         Its caller goes on when this takes too long, and would read from wherever the consumer
-        stands; so it has a bound of its own, and what exceeds it stops the worker.
+        stands; so its end does not depend on the caller, no poll begins before it, and it has a bound
+        of its own that stops the worker.
         """
+        await asyncio.shield(asyncio.ensure_future(self._seek()))
+
+    async def _seek(self) -> None:
         async with self._polling:  # no poll is under way, and none begins before the seek is done
             await self._take()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,13 @@ LABELS: _Family = ("headrace_labels_routed", "Labels written to the entities' lo
 DEAD_LETTERS: _Family = ("headrace_dead_letters", "Records sent to the dead letters", [])
 MIRRORED: _Family = ("headrace_mirrored", "Profiles written to the mirror", [])
 MIRROR_UP: _Family = ("headrace_mirror_up", "1 while Redis takes the mirror", [])
+CHECKPOINT_POSITION: _Family = (
+    "headrace_checkpoint_position", "Position of a partition's last checkpoint", ["entity", "partition"],
+)  # fmt: skip
+CHECKPOINT_AGE: _Family = (
+    "headrace_checkpoint_age_seconds", "Since a partition's last checkpoint", ["entity", "partition"],
+)  # fmt: skip
+CHECKPOINT_FAILURES: _Family = ("headrace_checkpoint_failures", "Checkpoints that could not be taken", [])
 MODEL: _Family = ("headrace_model", "The model that scores", ["pipeline", "version", "definition"])
 
 
@@ -59,6 +67,16 @@ class WorkerCollector(Collector):
         yield CounterMetricFamily(*DEAD_LETTERS[:2], value=worker.dead_letters)
         yield CounterMetricFamily(*MIRRORED[:2], value=worker.mirror.written)
         yield GaugeMetricFamily(*MIRROR_UP[:2], value=worker.mirror.failing is None)
+        if worker.checkpoint is not None:
+            checkpointed, ages = (
+                GaugeMetricFamily(*_of(CHECKPOINT_POSITION)), GaugeMetricFamily(*_of(CHECKPOINT_AGE)),
+            )  # fmt: skip
+            for taken in worker.checkpoint.taken:
+                labels = [taken.entity, str(taken.partition)]
+                checkpointed.add_metric(labels, taken.position)
+                ages.add_metric(labels, max(0.0, time.time() - taken.created_at / 1000))
+            yield from (checkpointed, ages)
+            yield CounterMetricFamily(*CHECKPOINT_FAILURES[:2], value=worker.checkpoint.failures)
 
 
 def _of(metric: _Family) -> tuple[str, str, None, list[str]]:

@@ -19,7 +19,7 @@ import aiohttp
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
 
-from app import kafka
+from app import checkpoints, kafka
 from app.local import services
 from app.settings import Settings
 from models.errors import HeadraceError
@@ -78,6 +78,9 @@ async def fresh(settings: Settings, pipeline: Pipeline, addresses: services.Addr
         await asyncio.sleep(0.5)
     await kafka.delete_topics(addresses.kafka, pipeline)
     shutil.rmtree(settings.data_root / "profiles" / pipeline.instance, ignore_errors=True)
+    stored = checkpoints.of(settings, pipeline)
+    if stored is not None:
+        stored.clear()
     mirror = Mirror(connect(addresses.redis_url), pipeline)
     await mirror.clear()
     await mirror.close()

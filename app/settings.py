@@ -100,6 +100,14 @@ class Settings(BaseSettings):
     pipelines: Path = Field(
         default=Path("configs/pipelines"), description="Directory of the pipeline definitions (YAML)."
     )
+    checkpoints: str | None = Field(
+        default=None,
+        description="Folder or URL (fsspec) that copies of the stores go to, or off. Without it, "
+        "checkpoints under the data root.",
+    )
+    checkpoint_every_s: Annotated[float, Field(ge=1)] = Field(
+        default=60.0, description="Seconds between two checkpoints of a partition whose store has moved."
+    )
     kafka_port: Port = Field(
         default=9092, description="Port that `headrace up` prefers for Kafka; when taken, the next free one."
     )
@@ -146,6 +154,13 @@ class Settings(BaseSettings):
             super().__init__(**values)
         except ValidationError as wrong:
             raise SettingsError("\n".join(_sentence(error) for error in wrong.errors())) from None
+
+    @property
+    def checkpoints_url(self) -> str | None:
+        """Where checkpoints go; None where they are switched off."""
+        if self.checkpoints is None:
+            return str(self.data_root / "checkpoints")
+        return None if self.checkpoints.lower() == "off" else self.checkpoints
 
     @classmethod
     def settings_customise_sources(

@@ -11,7 +11,6 @@ import contextlib
 import gc
 import logging
 import os
-import shutil
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ import faust
 import uvloop
 from faust.types import TP
 
+from agents.checkpoint import CheckpointAgent
 from agents.flush import Flush
 from agents.in_step import InStep, Place
 from agents.mirror import MirrorAgent
@@ -30,7 +30,7 @@ from agents.outbox import Outbox
 from agents.route import Route
 from agents.score import Score
 from agents.stage import Stage
-from app import faust_batches, kafka, metrics
+from app import checkpoints, faust_batches, kafka, metrics
 from app.api.server import create_api, serve
 from app.control import Control
 from app.local.services import Addresses
@@ -43,6 +43,7 @@ from models.partitions import partition_of
 from models.pipeline import Pipeline
 from models.records import RecordCodec
 from models.scoring import Model
+from tables import homes
 from tables.mirror import Mirror, connect
 from tables.profiles import Applied, Profiles, Record
 from tables.store import Store
@@ -51,6 +52,7 @@ POLL_RECORDS = 4000  # of all topics in one poll at most: some 40 ms of work
 QUEUED_POLLS = 2  # decoded work never waits long behind a rebalance
 SESSION_S = 10.0
 STOP_S = 30.0
+TAKE_S = 600.0  # a checkpoint of some GB is restored by then; who hangs for longer is better started anew
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +67,9 @@ class Partitions:
         labels = worker.pipeline.labels
         self._labels = labels.topic if labels is not None else ""
         self.first = (self._labels,) if labels is not None else ()
+        self.log_starts: dict[tuple[str, int], int] = {}  # of what is being opened
         self.taken = False
+        self._released = 0
         self._consumer: faust_batches.Consumer
         # By topic and partition: from which offset on outputs are sent again, and until where.
         self._replays: dict[TP, tuple[int | None, int]] = {}
@@ -75,7 +79,7 @@ class Partitions:
     ) -> Mapping[TP, int]:
         """Open what was assigned and find where each starts. What fails stops the worker."""
         try:
-            return await asyncio.wait_for(self._take(committed, consumer), 60)
+            return await asyncio.wait_for(self._take(committed, consumer), TAKE_S)
         except Exception as error:
             stop_at_once(error)
 
@@ -92,42 +96,58 @@ class Partitions:
         # No older owner can add to what is read here.
         await worker.producer.claim(worker.pipeline.predictions, scored)
         score.emitted = await kafka.last_origins(self.address, worker.pipeline.predictions, scored)
+        positions = await self._open([tp for tp in assigned if tp.topic in worker.by_log], first)
+        if positions is None:
+            return {}
         starts: dict[TP, int] = {}
         for tp in assigned:
-            stage = worker.by_log.get(tp.topic)
-            if stage is None:  # labels: the router keeps no store, and sends again what it must
-                offset = committed[tp]
-                again = self._again(tp)
-                starts[tp] = max(first[tp], offset or 0 if again is None else min(again, offset or 0))
+            if tp in positions:
+                starts[tp] = self._start(tp, positions[tp] or 0, first[tp], ends[tp])
                 continue
-            position = await asyncio.to_thread(stage.open, tp.partition, self._again(tp))
-            if position is not None and position > ends[tp]:
-                raise HeadraceError(
-                    f"The store of {tp.topic} partition {tp.partition} is at offset {position}, but the log ends at "
-                    f"{ends[tp]}. If the topic was made anew, remove {worker.profiles_root}; "
-                    "the profiles are folded again from the log."
-                )
-            starts[tp] = max(position or 0, first[tp])
-            cut = starts[tp] > (position or 0)
-            if cut:
-                log.warning(
-                    "%s partition %d: retention has cut the log behind this store, offsets %d to %d are missing",
-                    tp.topic, tp.partition, position or 0, first[tp] - 1,
-                )  # fmt: skip
-            stage.start_at(tp.partition, starts[tp], cut)
+            # labels: the router keeps no store, and sends again what it must
+            offset, again = committed[tp] or 0, self._again(tp)
+            starts[tp] = max(first[tp], offset if again is None else min(again, offset))
         if worker.route is not None:
-            worker.route.start_at(
-                {tp.partition: starts[tp] for tp in assigned if tp.topic not in worker.by_log}
-            )
+            worker.route.start_at({tp.partition: starts[tp] for tp in assigned if tp not in positions})
         self.in_step.start(starts, ends, time.monotonic())
         self.taken = bool(assigned)
         held = ", ".join(f"{len(s.partitions)} of {s.entity.log}" for s in worker.stages)
         say(f"{worker.pipeline.instance}: holds {held}; model {worker.model.card.version}; {worker.url}")
         return starts
 
+    async def _open(self, tps: list[TP], first: Mapping[TP, int]) -> dict[TP, int | None] | None:
+        """Open their stores, all at once: their positions. None where they were released meanwhile."""
+        released, stages = self._released, self._worker.by_log
+        self.log_starts = {(tp.topic, tp.partition): first[tp] for tp in tps}
+        positions = await asyncio.gather(
+            *(asyncio.to_thread(stages[tp.topic].open, tp.partition, self._again(tp)) for tp in tps)
+        )
+        if released == self._released:
+            return dict(zip(tps, positions, strict=True))
+        for tp in tps:
+            stages[tp.topic].close(tp.partition)
+        return None
+
+    def _start(self, tp: TP, position: int, first: int, end: int) -> int:
+        """Start a partition, whose store is at `position`, and whose log holds `first` to `end`. Returns where."""
+        if position > end:
+            raise HeadraceError(
+                f"The store of {tp.topic} partition {tp.partition} is at offset {position}, but the log ends at {end}. "
+                f"If the topic was made anew, remove {self._worker.profiles_root} and its checkpoints; the profiles "
+                "are folded again from the log."
+            )
+        if position < first:
+            log.warning(
+                "%s partition %d: retention has cut the log behind every store and checkpoint, offsets %d to %d are "
+                "missing", tp.topic, tp.partition, position, first - 1,
+            )  # fmt: skip
+        self._worker.by_log[tp.topic].start_at(tp.partition, max(position, first), cut=position < first)
+        return max(position, first)
+
     async def release(self) -> None:
         """Flush and close all: before a rebalance, and at the end."""
         worker = self._worker
+        self._released += 1
         self.taken = False
         await worker.flush.once()
         await worker.flush.durable()
@@ -177,10 +197,10 @@ class Worker:
         self, pipeline: Pipeline, model: Model, counts: dict[str, int], addresses: Addresses, settings: Settings,
         port: int,
     ) -> None:  # fmt: skip
-        """counts: partitions by topic, from kafka.checked_partitions."""
+        """counts: partitions by topic, from kafka.checked_partitions. checkpoints: None for none."""
         self.pipeline, self.model = pipeline, model
         self.settings = settings
-        self.profiles_root = settings.data_root / "profiles" / pipeline.instance / pipeline.definition
+        self.profiles_root = homes.root_of(settings.data_root, pipeline)
         self.dead_letters = 0
         self._counts = counts
         self.address = addresses.kafka
@@ -194,6 +214,12 @@ class Worker:
         self.partitions = Partitions(self, self.address)
         self._mirror = Mirror(connect(addresses.redis_url), pipeline)
         self.mirror = MirrorAgent(self.stages, self._mirror)
+        self._checkpoints = checkpoints.of(settings, pipeline)
+        self.checkpoint = (
+            CheckpointAgent(self.stages, self._checkpoints, settings.checkpoint_every_s, _now_ms)
+            if self._checkpoints
+            else None
+        )
         # Made when the loop runs, by `start`.
         self.producer: Producer
         self.outbox: Outbox
@@ -207,13 +233,11 @@ class Worker:
         partitions = self._counts[entity.log]
 
         def open_store(partition: int, at_most: int | None) -> Store:
-            path = self.profiles_root / entity.name / f"{partition:04d}"
-            store = Store(path, pipeline.definition)
-            if at_most is not None and store.progress and store.progress.position > at_most:
-                store.close()
-                shutil.rmtree(path)
-                store = Store(path, pipeline.definition)
-            return store
+            return homes.open_store(
+                homes.folder_of(self.settings.data_root, pipeline, entity.name, partition), pipeline.definition,
+                self._checkpoints.place(entity.name, partition) if self._checkpoints else None,
+                self.partitions.log_starts[entity.log, partition], at_most,
+            )  # fmt: skip
 
         if number:
             codec = RecordCodec(pipeline, number)
@@ -255,6 +279,8 @@ class Worker:
         self._background(self.control.tell_missing())
         self._background(self.flush.run())
         self._background(self.mirror.run())
+        if self.checkpoint is not None:
+            self._background(self.checkpoint.run())
         api = create_api(pipeline, self._mirror, metrics.registry(self), self._ready)
         self._web = await serve(api, self.settings.api_host, self._port)
         # What exists now lives as long as the process: no collection need look at it again.

@@ -211,6 +211,11 @@ class Profiles:
         return sorted(self._stores)
 
     @property
+    def stores(self) -> dict[int, Store]:
+        """The open stores, by partition."""
+        return dict(self._stores)
+
+    @property
     def size(self) -> int:
         """Profiles in memory."""
         return len(self._slots) - 1

@@ -107,6 +107,9 @@ def worker_metrics() -> dict[str, set[str]]:
         route=SimpleNamespace(routed=0),
         dead_letters=0,
         mirror=SimpleNamespace(written=0, failing=None),
+        checkpoint=SimpleNamespace(
+            taken=[SimpleNamespace(entity="", partition=0, position=1, created_at=0)], failures=0
+        ),
     )
     return {s.name: set(s.labels) for family in WorkerCollector(worker).collect() for s in family.samples}
 

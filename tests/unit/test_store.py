@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from models.windows import NULL
-from tables.store import LAYOUT, Progress, Snapshot, Store, StoreError
+from tables.store import LAYOUT, Progress, Snapshot, Store, StoreError, if_free, position_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,59 +81,72 @@ def test_another_definition_is_refused(tmp_path: Path) -> None:
         Store(tmp_path / "s", "d3")
     assert str(refused.value) == (
         f"The store {tmp_path / 's'} was written for definition d2 (layout {LAYOUT}), the pipeline is at d3 "
-        f"(layout {LAYOUT}). Remove it: it is folded again from the log."
+        f"(layout {LAYOUT})."
     )
     # and it was closed, so that whoever asks rightly gets it
     assert Store(tmp_path / "s", "d2").progress == Progress(1)
 
 
-def test_another_layout_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(tmp_path / "s", "d1")
-    store.write(snapshot(1))
-    store.close()
-    monkeypatch.setattr("tables.store.LAYOUT", LAYOUT + 1)
-    with pytest.raises(
-        StoreError, match=rf"\(layout {LAYOUT}\), the pipeline is at d1 \(layout {LAYOUT + 1}\)"
+def test_another_layout_is_refused_before_its_values_are_read(tmp_path: Path) -> None:
+    """The layout of tomorrow may keep the position otherwise, or be no such message at all."""
+    tomorrow = msgspec.msgpack.encode({"layout": LAYOUT + 1, "definition": "d1", "position": "far"})
+    for meta, said in (
+        (tomorrow, rf"for definition d1 \(layout {LAYOUT + 1}\)"),
+        (b"\xc1", "cannot be read"),
     ):
-        Store(tmp_path / "s", "d1")
+        store = Store(tmp_path / said, "d1")
+        store._db[b"\x00meta"] = meta
+        store.close()
+        with pytest.raises(StoreError, match=rf"{said}, the pipeline is at d1 \(layout {LAYOUT}\)"):
+            Store(tmp_path / said, "d1")
 
 
-HELD = r"Another process holds .*/s\. Stop it, or give this worker its own data root \(HEADRACE_DATA_ROOT\)\."
-
-
-def test_a_second_opener_is_refused(tmp_path: Path) -> None:
+def test_a_broken_store_is_said(tmp_path: Path) -> None:
     store = Store(tmp_path / "s", "d1")
-    store.write(snapshot(1, b"a"))
-    with pytest.raises(StoreError, match=HELD):
-        Store(tmp_path / "s", "d1")
-    second = child(f"""
-        try:
-            Store(Path({str(tmp_path / "s")!r}), "d1")
-        except StoreError as error:
-            print(error)
-    """)
-    assert second.stdout.read().startswith(
-        f"Another process holds the profiles in {tmp_path / 's'}. Stop it,"
-    )
-    assert second.wait(30) == 0
-    store.write(snapshot(2, b"a"))  # the first one did not notice
-    assert store.get(b"a") == b"2 of a"
-    store.close()
-    assert Store(tmp_path / "s", "d1").progress == Progress(2)
-
-
-def test_a_broken_store_is_no_locked_one(tmp_path: Path) -> None:
-    """Wherever it lies: the name of a folder must not change what is said."""
-    path = tmp_path / "lock of blocks" / "s"
-    store = Store(path, "d1")
     store.write(snapshot(1))
     store.close()
-    for manifest in path.glob("MANIFEST-*"):
+    for manifest in (tmp_path / "s").glob("MANIFEST-*"):
         manifest.write_bytes(b"broken")
     with pytest.raises(
-        StoreError, match=r"cannot be opened \(.*\)\. Remove it: it is folded again from the log\."
+        StoreError, match=r"cannot be opened \(.*\); see whether its disk is full or broken\."
     ):
-        Store(path, "d1")
+        Store(tmp_path / "s", "d1")
+
+
+def test_a_frozen_copy_is_the_state_of_then(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s", "d1")
+    store.write(snapshot(5, b"a"))
+    store.freeze(tmp_path / "s" / "frozen")
+    store.write(snapshot(9, b"a"))
+    assert position_of(tmp_path / "s" / "frozen", "d1") == 5
+    with pytest.raises(StoreError, match=r"d1 .*, the pipeline is at d2"):
+        position_of(tmp_path / "s" / "frozen", "d2")
+    store.close()
+    with pytest.raises(StoreError):
+        store.freeze(tmp_path / "s" / "again")
+    store = Store(tmp_path / "s", "d1")  # which has a folder in it that is not its own
+    assert (store.position, store.get(b"a")) == (9, b"9 of a")
+
+
+def test_who_lives_is_known_to_all(tmp_path: Path) -> None:
+    """In this process too, where looking must not take a lock away."""
+    store = Store(tmp_path / "s", "d1")
+    for _ in range(2):
+        with if_free(tmp_path / "s") as free:
+            assert not free
+    store.close()
+    other = child("""
+        store = Store(Path(PATH), "d1")
+        print("open", flush=True)
+        input()
+    """, PATH=str(tmp_path / "s"))  # fmt: skip
+    assert other.stdout.readline() == "open\n"
+    with if_free(tmp_path / "s") as free:
+        assert not free
+    other.kill()
+    assert other.wait(30) == -signal.SIGKILL
+    with if_free(tmp_path / "s") as free:
+        assert free
 
 
 def test_a_place_that_cannot_be_is_said(tmp_path: Path) -> None:
@@ -190,7 +203,11 @@ def child(code: str, **names: object) -> subprocess.Popen[str]:
     head = "import random\nfrom pathlib import Path\nfrom tables.store import Progress, Snapshot, Store, StoreError\n"
     head += "".join(f"{name} = {value!r}\n" for name, value in names.items())
     return subprocess.Popen(
-        [sys.executable, "-c", head + textwrap.dedent(code)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", head + textwrap.dedent(code)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
