@@ -35,6 +35,7 @@ LARGEST = 16  # a profile of more than this part of the memory stays while it is
 log = logging.getLogger(__name__)
 
 _FOR_NOW = np.iinfo(np.int64).max  # degraded, until the first record tells how long
+_BY_SLOT_BYTES = 8 + 8 + 3  # the arrays by slot
 _SLOT_BYTES = 32 + 32  # a slot's number in `_slots`, and once freed in the arena's list
 _OWED_BYTES = 240  # an entry of `_owed` with its key and its numbers
 
@@ -232,9 +233,8 @@ class Profiles:
 
     @property
     def _beside_the_arena(self) -> int:
-        by_slot = (self._partition, self._offset, self._dirty, self._stale, self._recent)
         return (
-            sum(array.nbytes for array in by_slot)
+            len(self._partition) * _BY_SLOT_BYTES
             + sys.getsizeof(self._slots) + sys.getsizeof(self._keys) + len(self._keys) * _SLOT_BYTES
             + self._key_bytes
         )  # fmt: skip
@@ -433,9 +433,12 @@ class Profiles:
 
     def crowded(self) -> bool:
         """Whether more profiles of a partition have changed than one write should hold."""
+        moved = max(self._moved.values(), default=0)
+        if moved <= FEW:
+            return False
         mean = self._arena.used // max(self.size, 1)
         most = min(MOST_CHANGED, max(MOST_CHANGED_BYTES // max(mean, 1), FEW))
-        if max(self._moved.values(), default=0) <= most:
+        if moved <= most:
             return False
         changed = np.bincount(self._partition[np.flatnonzero(self._dirty)], minlength=len(self._seen))
         self._moved.update((p, int(changed[p])) for p in self._moved)

@@ -18,7 +18,7 @@ from tests.fixtures import mortal_worker
 from tests.fixtures.mortal_worker import BATCH, CUSTOMERS, PARTITIONS, SHOP
 
 ROOT = Path(__file__).parents[2]
-LIVES = 20
+LIVES = 18
 
 
 class Truth:
