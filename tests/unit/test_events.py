@@ -75,7 +75,7 @@ def decode(
     assert len(batch) == len(kept) == len(batch.payloads) == len(batch.keys) == len(batch.times)
     assert len({r.index for r in rejects}) == len(rejects), "a record is told of once"
     assert sorted([*kept.tolist(), *(r.index for r in rejects)]) == list(range(len(values)))
-    return batch, kept.tolist(), {r.index: r.reason for r in rejects}
+    return batch, kept.tolist(), {r.index: r.reason.error for r in rejects}
 
 
 def kinds(**fields: Any) -> dict[str, int]:
@@ -378,7 +378,7 @@ def test_a_bad_label_is_told_apart_with_its_reason(bad: Any, reason: str) -> Non
     good, value = json.dumps(LABEL).encode(), bad if bad == b"" else json.dumps({**LABEL, **bad}).encode()
     batch, kept, rejects = LabelDecoder(shop()).decode([good, value, good])
     assert (kept.tolist(), batch.ids.tolist()) == ([0, 2], [7, 7])
-    assert [(r.index, reason in r.reason) for r in rejects] == [(1, True)]
+    assert [(r.index, reason in r.reason.error) for r in rejects] == [(1, True)]
 
 
 def test_a_label_must_say_what_it_is() -> None:
@@ -386,4 +386,4 @@ def test_a_label_must_say_what_it_is() -> None:
     label = {k: v for k, v in LABEL.items() if k != "RETURNED"}
     _, kept, rejects = LabelDecoder(shop()).decode([json.dumps(label).encode()])
     assert kept.tolist() == []
-    assert rejects[0].reason == "Object missing required field `RETURNED`"
+    assert rejects[0].reason == ("missing-field", "Object missing required field `RETURNED`")
