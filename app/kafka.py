@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -176,7 +176,7 @@ async def last_origins(address: str, topic: str, partitions: Iterable[int]) -> d
 
 async def read_between(
     address: str, topic: str, starts: dict[int, int] | None = None, isolation: str = "read_uncommitted"
-) -> AsyncIterator[Any]:
+) -> AsyncGenerator[Any, None]:
     """All records of a topic from `starts` to its present end, in batches of partitions' order.
 
     starts: offset by partition; below 0, so many before the end; None: the whole topic.

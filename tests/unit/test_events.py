@@ -280,6 +280,20 @@ def test_bad_input_is_told_apart_with_its_reason(value: bytes, reason: str) -> N
     assert reason in why(value)
 
 
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("nothing", "empty"), ("no JSON", "not-json"), ("half of it", "not-json"), ("a list", "wrong-value"),
+        ("text that is not UTF-8", "not-json"), ("a deep hole", "not-json"), ("a field missing", "missing-field"),
+        ("a field null", "wrong-value"), ("a huge id", "wrong-value"), ("a huge amount", "wrong-decimal"),
+        ("a time before 1970", "wrong-time"), ("a time that is yet to come", "time-ahead"),
+    ],
+)  # fmt: skip
+def test_each_reason_has_a_code(name: str, code: str) -> None:
+    _, _, (reject,) = DECODERS[SHOP.name].decode([BAD[name][0]], np.array([NOW]))
+    assert reject.reason.code == code
+
+
 def test_the_edges_of_time_are_good() -> None:
     _, kept, rejects = decode(record(AT=1), record(AT=NOW + AHEAD_MS))
     assert (kept, rejects) == ([0, 1], {})
