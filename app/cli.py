@@ -460,7 +460,9 @@ def dlq_show(origin: str, name: str, alias: str | None) -> None:
 @_REASON
 @click.option("--all", "everything", is_flag=True, help="All letters.")
 @click.option(
-    "--edit", type=click.File("rb"), help="The repaired event of one origin; - reads standard input."
+    "--edit",
+    type=click.File("rb", lazy=True),
+    help="The repaired event of one origin; - reads standard input.",
 )
 @click.option("--again", is_flag=True, help="Also what was replayed before.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")

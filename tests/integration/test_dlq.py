@@ -38,7 +38,7 @@ async def command(run: Run, *arguments: str, stdin: bytes = b"") -> tuple[int, l
 
     def call() -> tuple[int, list[str]]:
         done = subprocess.run(
-            [sys.executable, "-m", "app.cli", "dlq", *arguments, "-p", run.pipeline.name, "--as", run.pipeline.instance],
+            [sys.executable, "-m", "app.cli", "dlq", *arguments, "-p", "card-fraud", "--as", run.pipeline.instance],
             input=stdin, env=os.environ | {"COLUMNS": "200"}, capture_output=True, timeout=60, check=False,
         )  # fmt: skip
         printed = (done.stdout + done.stderr).decode()

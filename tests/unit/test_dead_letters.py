@@ -45,7 +45,8 @@ def test_a_record_comes_back_as_it_came(
 
 
 def test_a_letter_says_where_it_came_from_and_why() -> None:
-    assert json.loads(encode("shop", WHY, ORIGIN, 1_600_000_000_000, b"k", b"hello", [("trace", b"7"), ("no", None)])) == {
+    raw = encode("shop", WHY, ORIGIN, 1_600_000_000_000, b"k", b"hello", [("trace", b"7"), ("no", None)])
+    assert json.loads(raw) == {
         "record": "letter", "pipeline": "shop", "reason": "not-json", "error": "no JSON", "topic": "raw",
         "partition": 3, "offset": 2**40, "timestamp": 1_600_000_000_000, "key": "k",
         "headers": [["trace", "7"], ["no", None]], "value": "hello", "encoding": "utf-8", "size": 5, "cut": False,
