@@ -461,13 +461,13 @@ def dlq_show(origin: str, name: str, alias: str | None) -> None:
 @click.option("--all", "everything", is_flag=True, help="All letters.")
 @click.option(
     "--edit",
-    type=click.File("rb", lazy=True),
+    metavar="FILE",
     help="The repaired event of one origin; - reads standard input.",
 )
 @click.option("--again", is_flag=True, help="Also what was replayed before.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 def dlq_replay(
-    name: str, alias: str | None, origins: tuple[str, ...], reasons: tuple[str, ...], everything: bool, edit: Any,
+    name: str, alias: str | None, origins: tuple[str, ...], reasons: tuple[str, ...], everything: bool, edit: str | None,
     again: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Send refused records, or one's repair, to the topic they came from. Exit 1 if one cannot be."""
@@ -481,7 +481,7 @@ def dlq_replay(
     settings = _settings()
     pipeline, address = _find(settings, name, alias), services.addresses(settings).kafka
     wanted = dead.Wanted(frozenset(dead.parse_origin(pipeline, o) for o in origins), frozenset(reasons))
-    repaired = edit.read().strip() if edit is not None else None
+    repaired = _read(edit).strip() if edit is not None else None
 
     async def replayed() -> int:
         stuck = 0
@@ -493,6 +493,15 @@ def dlq_replay(
 
     if stuck := asyncio.run(replayed()):
         raise HeadraceError(f"{stuck} could not be replayed; repair each with --origin and --edit.")
+
+
+def _read(path: str) -> bytes:
+    """A file, or standard input for -."""
+    try:
+        with click.open_file(path, "rb") as file:
+            return bytes(file.read())
+    except OSError as error:
+        raise click.UsageError(f"{path} cannot be read ({error.strerror}); check the path.") from None
 
 
 # --- whole runs --------------------------------------------------------------------------------

@@ -78,6 +78,35 @@ async def test_each_comes_once_and_says_where_it_stood(addresses: Addresses) -> 
             assert predictions.dropped == len(doubled(0, 120)) - 120 + len(doubled(1, 60)) + 1 - 60 + 2
 
 
+async def pass_over(predictions: Predictions, count: int) -> None:
+    """Let it drop so many doubles more while it looks for something new."""
+    count += predictions.dropped
+    looking = asyncio.create_task(anext(predictions))
+    async with asyncio.timeout(30):
+        while predictions.dropped < count:  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0.01)
+    looking.cancel()
+    await asyncio.gather(looking, return_exceptions=True)
+
+
+async def test_what_was_kept_amid_doubles_knows_all_that_was_seen(addresses: Addresses) -> None:
+    """The highest is further back than the tail: only what was kept can tell it."""
+    async with made(addresses.kafka, "client.amid", 1) as topic:
+        await send(addresses.kafka, topic, [(0, o) for o in [*range(200), *range(100)]])
+        async with Predictions(addresses.kafka, topic) as alone:
+            await take(alone, 200)
+            await pass_over(alone, 100)
+        async with Predictions(addresses.kafka, topic, "amid") as grouped:
+            await take(grouped, 200)
+            await pass_over(grouped, 100)
+            assert await grouped.commit()
+        await send(addresses.kafka, topic, [(0, o) for o in range(100, 201)])
+        async with Predictions(addresses.kafka, topic, positions=alone.positions) as again:
+            assert places_of(await take(again, 1)) == [(0, 200)]
+        async with Predictions(addresses.kafka, topic, "amid") as again:
+            assert places_of(await take(again, 1)) == [(0, 200)]
+
+
 @pytest.mark.parametrize("stop", [0, 1, 39, 40, 41, 100, 179])
 async def test_it_goes_on_from_what_was_kept(addresses: Addresses, stop: int) -> None:
     async with made(addresses.kafka, f"client.kept-{stop}") as topic:
