@@ -467,8 +467,8 @@ def dlq_show(origin: str, name: str, alias: str | None) -> None:
 @click.option("--again", is_flag=True, help="Also what was replayed before.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 def dlq_replay(
-    name: str, alias: str | None, origins: tuple[str, ...], reasons: tuple[str, ...], everything: bool, edit: str | None,
-    again: bool, dry_run: bool,
+    name: str, alias: str | None, origins: tuple[str, ...], reasons: tuple[str, ...], everything: bool,
+    edit: str | None, again: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Send refused records, or one's repair, to the topic they came from. Exit 1 if one cannot be."""
     from app import dlq as dead
