@@ -12,7 +12,7 @@ from app import kafka
 from app.client import PositionGone, Predictions, Received
 from app.local.services import Addresses
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(120, func_only=True)]
 
 BODY = (
     b'{"id":%d,"event_time":1,"score":0.5,"decision":"pass","model":"m","version":"v","definition":"d",'

@@ -19,7 +19,7 @@ from models.partitions import partition_of
 from models.pipeline import Pipeline
 from tests.integration.test_stream import Run, running
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240, func_only=True)]
 
 MINUTE = 60_000
 START = 1_530_000_000_000
