@@ -11,14 +11,14 @@ from collections.abc import Callable
 import numpy as np
 
 from agents.outbox import Outbox
-from models.events import Key, LabelBatch, LabelDecoder, key_bytes
+from models.events import Key, LabelBatch, LabelDecoder, Reason, key_bytes
 from models.partitions import partitions_of
 from models.pipeline import Pipeline
 from models.records import NEVER, RecordCodec, chain
 from models.windows import Ints
 from tables.profiles import Polled, Record
 
-RejectRecord = Callable[[str, int, Record, str], None]  # topic, partition, record, reason
+RejectRecord = Callable[[str, int, Record, Reason], None]  # topic, partition, record, reason
 
 
 class Route:

@@ -162,7 +162,7 @@ async def _latency(load: _Load, rate: float) -> dict[str, Any]:
             f"{rate:,.0f} events/s for {tape.events / rate:.0f} s, of which the first {WARM_UP_S:.0f} do not count"
         )
         before = await worker.metrics()
-        async with reader.reading(settings.partitions):
+        async with reader.reading():
             await replay.publish(tape, pipeline, addresses.kafka, rate, None, due)
             await reader.until(tape.events, worker.check)
         after = await worker.metrics()

@@ -78,6 +78,7 @@ class _At:
     timestamp: int = BEGIN_MS
     key: bytes | None = None
     value: bytes | None = None
+    headers: tuple[tuple[str, bytes], ...] = ()
 
 
 class _Run:

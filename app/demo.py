@@ -150,7 +150,7 @@ async def _stream(
         board = _Board(pipeline, tape.events, console, quiet)
         reader = session.Predictions(addresses.kafka, pipeline.predictions, board.see)
         due: Floats = np.zeros(tape.events)
-        async with reader.reading(settings.partitions):
+        async with reader.reading():
             with board.live():
                 await replay.publish(tape, pipeline, addresses.kafka, story.rate, board.sent, due)
                 await reader.until(tape.events, worker.check)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -199,7 +199,9 @@ async def follow(address: str, topic: str) -> AsyncIterator[Any]:
         await consumer.stop()
 
 
-async def read_between(address: str, topic: str, starts: dict[int, int] | None = None) -> AsyncIterator[Any]:
+async def read_between(
+    address: str, topic: str, starts: dict[int, int] | None = None
+) -> AsyncGenerator[Any, None]:
     """All records of a topic from `starts` to its present end, in batches of partitions' order.
 
     What a transaction wrote and did not commit is none of them.

@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from aiokafka import AIOKafkaConsumer, TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
 
-from app import checkpoints, kafka
+from app import checkpoints, client, kafka
 from app.local import services
 from app.settings import Settings
 from models.errors import HeadraceError
 from models.pipeline import Pipeline
-from models.predictions import Prediction, decode
+from models.predictions import Prediction
 from tables.mirror import Mirror, connect
 
 READY_S = 60.0
@@ -168,35 +167,23 @@ class Predictions:
         self.scores: list[float] = []
 
     @contextlib.asynccontextmanager
-    async def reading(self, partitions: int) -> AsyncIterator[Predictions]:
+    async def reading(self) -> AsyncIterator[Predictions]:
         """Read in the background, from now on."""
-        consumer = AIOKafkaConsumer(bootstrap_servers=self._address, fetch_max_wait_ms=50)
-        await consumer.start()
-        tps = [TopicPartition(self._topic, p) for p in range(partitions)]
-        consumer.assign(tps)
-        await consumer.seek_to_end(*tps)
-        for tp in tps:
-            await consumer.position(tp)
-        task = asyncio.create_task(self._read(consumer))
-        try:
-            yield self
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            await consumer.stop()
+        async with client.Predictions(self._address, self._topic, start="latest") as predictions:
+            task = asyncio.create_task(self._read(predictions))
+            try:
+                yield self
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
-    async def _read(self, consumer: Any) -> None:
-        while True:
-            found = await consumer.getmany(timeout_ms=200, max_records=5000)
-            now = time.time()
-            for records in found.values():
-                for record in records:
-                    prediction = decode(record.value)
-                    self.ids.append(prediction.id)
-                    self.arrived.append(now)
-                    self.scores.append(prediction.score)
-                    if self._seen is not None:
-                        self._seen(prediction)
+    async def _read(self, predictions: client.Predictions) -> None:
+        async for prediction in predictions:
+            self.ids.append(prediction.id)
+            self.arrived.append(time.time())
+            self.scores.append(prediction.score)
+            if self._seen is not None:
+                self._seen(prediction)
 
     async def until(self, count: int, check: Callable[[], None]) -> None:
         """Wait until so many have come, or none comes any more. check: raises where waiting is vain."""

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from app import kafka
-from models.events import Batch, EventDecoder, event_id
+from models.events import Batch, EventDecoder, event_id, key_bytes
 from models.history import History, fold_entity, vectors_of
+from models.partitions import partitions_of
 from models.pipeline import Entity, Pipeline
 from models.predictions import Prediction, decode
 from models.records import NEVER, NEWS, RecordCodec, fresh
@@ -92,13 +93,16 @@ async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
     """The vectors of all events of the stream, by a fold of the logs in log order."""
     numeric = [f.name for f in pipeline.stream.numeric]
     decoder = EventDecoder(pipeline)
-    records, _, _ = await _read(address, pipeline.entities[0].log)
+    records, logs, _ = await _read(address, pipeline.entities[0].log)
     sent = np.array([r.timestamp for r in records], np.int64)
     batch, kept, rejects = decoder.decode([r.value or b"" for r in records], sent)
+    at_home = await _at_home(address, pipeline, batch, logs[kept])
+    refused = len(rejects) + int((~at_home).sum())
+    batch = batch.where(at_home)
     features, outcomes = _fold(pipeline.entities[0], batch, numeric)
     on = np.flatnonzero(outcomes != DUPLICATE)
     order = on[np.argsort(batch.ids[on], kind="stable")]
-    expected = Expected(batch.ids[order], np.empty((len(order), 0)), len(rejects))
+    expected = Expected(batch.ids[order], np.empty((len(order), 0)), refused)
     fields, gathered = batch.fields[order], [features[order]]
     for number, entity in enumerate(pipeline.entities[1:], 1):
         records, logs, _ = await _read(address, entity.log)
@@ -131,6 +135,16 @@ def same(a: Floats, b: Floats) -> npt.NDArray[np.bool_]:
     """Which cells have the same bits, any NaN being as good as another."""
     equal: npt.NDArray[np.bool_] = (a.view(np.int64) == b.view(np.int64)) | (np.isnan(a) & np.isnan(b))
     return equal
+
+
+async def _at_home(address: str, pipeline: Pipeline, batch: Batch, logs: Ints) -> npt.NDArray[np.bool_]:
+    """Which events stand in the partition of their key; a worker refuses the others."""
+    topic = pipeline.stream.topic
+    count = (await kafka.partitions_of(address, [topic]))[topic]
+    keys = [None if k is None else key_bytes(k) for k in batch.keys]
+    keyed = np.array([k is not None for k in keys], np.bool_)
+    at_home: npt.NDArray[np.bool_] = ~keyed | (partitions_of(keys, batch.ids, count) == logs)
+    return at_home
 
 
 def _fold(entity: Entity, batch: Batch, numeric: list[str]) -> tuple[Floats, Any]:

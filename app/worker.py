@@ -38,7 +38,7 @@ from app.producer import Producer
 from app.settings import Settings
 from models import dead_letters
 from models.errors import HeadraceError
-from models.events import Clocks, EventDecoder, clocks
+from models.events import Clocks, EventDecoder, Reason, clocks
 from models.partitions import partition_of
 from models.pipeline import Pipeline
 from models.records import RecordCodec
@@ -350,20 +350,14 @@ class Worker:
         for partition, record, reason in applied.rejects:
             self._reject_record(topic, partition, record, reason)
 
-    def _reject_record(self, topic: str, partition: int, record: Record, reason: str) -> None:
+    def _reject_record(self, topic: str, partition: int, record: Record, reason: Reason) -> None:
         self.dead_letters += 1
+        origin = dead_letters.Origin(topic, partition, record.offset)
         letter = dead_letters.encode(
-            self.pipeline.instance,
-            reason,
-            topic,
-            partition,
-            record.offset,
-            record.timestamp,
-            record.key,
-            record.value,
+            self.pipeline.instance, reason, origin, record.timestamp, record.key, record.value, record.headers
         )
         home = partition % self._counts[self.pipeline.dead_letters]
-        self.outbox.put(self.pipeline.dead_letters, home, record.key, letter)
+        self.outbox.put(self.pipeline.dead_letters, home, str(origin).encode(), letter)
 
     async def _ready(self) -> str | None:
         if not self.partitions.taken:

@@ -11,7 +11,7 @@ import datetime as dt
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -94,12 +94,25 @@ class Batch:
         )
 
 
+Code = Literal[
+    "empty", "not-json", "missing-field", "wrong-value", "wrong-decimal", "wrong-time", "time-ahead", "too-large",
+    "wrong-label", "wrong-key", "not-a-record",
+]  # fmt: skip
+
+
+class Reason(NamedTuple):
+    """Why input is bad: a code that stays the same, and a sentence for people."""
+
+    code: Code
+    error: str
+
+
 @dataclass(frozen=True)
 class Reject:
     """Bad input: where it stood in what was decoded, and why it is none of the stream's."""
 
     index: int
-    reason: str
+    reason: Reason
 
 
 Decoded = tuple[Batch, Ints, list[Reject]]  # what is good, where it stood, and the rest
@@ -170,18 +183,21 @@ class EventDecoder:
         for at, (field, column) in enumerate(self.columns):
             block[:, at], good = column([getattr(e, field.name) for e in events])
             _refuse(
-                rejects, kept, valid, good, f"{field.name} has more decimals than its scale, or is too large"
-            )
+                rejects, kept, valid, good,
+                Reason("wrong-decimal", f"{field.name} has more decimals than its scale, or is too large"),
+            )  # fmt: skip
             if field.name == stream.time:
                 times = block[:, at].copy()
         assert times is not None
         good = (times >= EARLIEST_MS) & (times < LATEST_MS)
-        _refuse(rejects, kept, valid, good, f"{stream.time} is no time between 1970 and 2100")
+        _refuse(rejects, kept, valid, good, _no_time(stream))
         good = times <= sent[kept] + AHEAD_MS
-        _refuse(rejects, kept, valid, good, f"{stream.time} is more than a day ahead of its sending")
+        ahead = Reason("time-ahead", f"{stream.time} is more than a day ahead of its sending")
+        _refuse(rejects, kept, valid, good, ahead)
         if max(map(len, values), default=0) > LARGEST_EVENT:
             good = np.array([len(values[i]) <= LARGEST_EVENT for i in kept.tolist()], np.bool_)
-            _refuse(rejects, kept, valid, good, f"the event has more than {LARGEST_EVENT:,} bytes")
+            large = Reason("too-large", f"the event has more than {LARGEST_EVENT:,} bytes")
+            _refuse(rejects, kept, valid, good, large)
         ids = [getattr(e, stream.id) for e in events]
         batch = Batch(
             kinds=np.full(n, EVENT, np.int8),
@@ -238,11 +254,12 @@ class LabelDecoder:
         valid = np.ones(len(found), np.bool_)
         given = [getattr(x, labels.field) for x in found]
         good = np.array([g in _LABELS for g in given], np.bool_)
-        _refuse(rejects, kept, valid, good, f"{labels.field} is none of 0, 1 and null")
+        wrong = Reason("wrong-label", f"{labels.field} is none of 0, 1 and null")
+        _refuse(rejects, kept, valid, good, wrong)
         times, _ = self.times([getattr(x, stream.time) for x in found])
         clocks, _ = self.times([getattr(x, labels.known) for x in found])
         good = (times >= EARLIEST_MS) & (times < LATEST_MS)
-        _refuse(rejects, kept, valid, good, f"{stream.time} is no time between 1970 and 2100")
+        _refuse(rejects, kept, valid, good, _no_time(stream))
         index = np.flatnonzero(valid)
         picks = index.tolist()
         batch = LabelBatch(
@@ -274,13 +291,27 @@ def _decode_all(
             good.append(decode(value))
             kept.append(i)
         except _UNDECODABLE as error:
-            rejects.append(Reject(i, "the record is empty" if not value else str(error)))
+            rejects.append(Reject(i, _undecodable(value, error)))
     return good, np.array(kept, np.int64), rejects
 
 
+def _undecodable(value: bytes, error: Exception) -> Reason:
+    if not value:
+        return Reason("empty", "the record is empty")
+    if not isinstance(error, msgspec.ValidationError):
+        return Reason("not-json", str(error))
+    missing = str(error).startswith("Object missing required field")
+    return Reason("missing-field" if missing else "wrong-value", str(error))
+
+
+def _no_time(stream: Stream) -> Reason:
+    return Reason("wrong-time", f"{stream.time} is no time between 1970 and 2100")
+
+
 def _refuse(
-    rejects: list[Reject], kept: Ints, valid: npt.NDArray[np.bool_], good: npt.NDArray[np.bool_], reason: str
-) -> None:
+    rejects: list[Reject], kept: Ints, valid: npt.NDArray[np.bool_], good: npt.NDArray[np.bool_],
+    reason: Reason,
+) -> None:  # fmt: skip
     """Mark what is not good; the first reason found for a record is the one that is told."""
     if good.all():
         return
@@ -370,6 +401,6 @@ def texts(stream: Stream, names: Sequence[str]) -> Callable[[bytes], Any]:
 
 
 __all__ = [
-    "LABEL", "Batch", "Decoded", "EventDecoder", "Key", "LabelBatch", "LabelDecoder", "Labels", "Reject",
+    "LABEL", "Batch", "Decoded", "EventDecoder", "Key", "LabelBatch", "LabelDecoder", "Labels", "Reason", "Reject",
     "as_float", "clocks", "event_id", "key_bytes", "scaled", "texts",
 ]  # fmt: skip

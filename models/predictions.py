@@ -10,6 +10,7 @@ compute the prediction again, and it is the one number by which a consumer drops
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -88,3 +89,26 @@ class Prediction(msgspec.Struct):
 
 
 decode = msgspec.json.Decoder(Prediction).decode
+
+
+@dataclass
+class Place:
+    """Where a reader stands in a partition of predictions: the next offset, and the highest origin seen.
+
+    That one number drops doubles: an owner's predictions are in the order of their log, and one that
+    sends again begins at an earlier point of it and keeps the order. Records before `next` only tell what
+    was seen before.
+
+    >>> place = Place(next=1)
+    >>> [place.take(offset, origin) for offset, origin in enumerate([7, 8, 7, 8, 9])]
+    [False, True, False, False, True]
+    """
+
+    next: int
+    highest: int = -1
+
+    def take(self, offset: int, origin: int) -> bool:
+        """Pass a record. Whether its prediction is to be given out: it is new, and was not seen before."""
+        new = offset >= self.next and origin > self.highest
+        self.next, self.highest = max(self.next, offset + 1), max(self.highest, origin)
+        return new

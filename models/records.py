@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from models.events import Batch, Decoded, LabelBatch, Reject, key_bytes, texts
+from models.events import Batch, Decoded, LabelBatch, Reason, Reject, key_bytes, texts
 from models.pipeline import Pipeline
 from models.windows import EVENT, LABEL, NULL, Bytes, Floats, Ints, jit
 
@@ -88,7 +88,8 @@ class RecordCodec:
             b"".join([v[:size] if v and len(v) >= size else blank for v in values]), self.dtype
         )
         ours = heads["magic"] == _MAGIC
-        rejects = [Reject(i, "this is no record of a stage") for i in np.flatnonzero(~ours).tolist()]
+        foreign = Reason("not-a-record", "this is no record of a stage")
+        rejects = [Reject(i, foreign) for i in np.flatnonzero(~ours).tolist()]
         kept = np.flatnonzero(ours & (heads["layout"] == self.layout))
         if len(kept) < len(heads):
             heads = heads[kept]

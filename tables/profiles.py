@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from models.events import Batch, Decoded, key_bytes
+from models.events import Batch, Decoded, Reason, key_bytes
 from models.partitions import partitions_of
 from models.pipeline import Entity
 from models.records import GAP, NEVER, NEWS, SEEN, chain, fresh, in_step, loosened
@@ -53,6 +53,8 @@ class Record(Protocol):
     def key(self) -> bytes | None: ...
     @property
     def value(self) -> bytes | None: ...
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes | None]]: ...
 
 
 Mask = npt.NDArray[np.bool_]
@@ -76,7 +78,7 @@ class Applied:
     features: Floats
     outcomes: Bytes
     degraded: Mask
-    rejects: list[tuple[int, Record, str]]
+    rejects: list[tuple[int, Record, Reason]]
 
 
 @dataclass
@@ -404,14 +406,14 @@ class Profiles:
         home: Mask = (slots != _MISPLACED) & ((slots < 0) | (self._partition[slots] == logs))
         return home
 
-    def _misplaced(self, key: Any, log: int, record: Record) -> tuple[int, Record, str]:
+    def _misplaced(self, key: Any, log: int, record: Record) -> tuple[int, Record, Reason]:
         assert self._partition_of is not None
         name = key_bytes(key)
-        reason = (
+        error = (
             f"{self.entity.key} {name.decode()} belongs in partition {self._partition_of(name)}, not {log}; "
             f"publish it with the record key {name.decode()}"
         )
-        return int(log), record, reason
+        return int(log), record, Reason("wrong-key", error)
 
     # --- what others take ----------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ def test_help_names_every_command_and_gives_examples() -> None:
     code, printed = headrace("--help")
     assert code == 0
     for command in ("up", "down", "status", "check", "topics", "data", "features", "train", "worker", "api", "replay",
-                    "bench", "demo"):  # fmt: skip
+                    "dlq", "bench", "demo"):  # fmt: skip
         assert f"  {command} " in printed
         code, own = headrace(command, "--help")
         assert code == 0

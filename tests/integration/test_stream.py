@@ -213,7 +213,7 @@ async def test_bad_input_goes_to_the_dead_letters_and_the_stream_goes_on(
         async with aiohttp.ClientSession() as http:
             values = await _features(http, f"{run.worker.url}/v1/features/customer/7", 2)
     assert {x.topic for x in letters} == {stream, label_topic}
-    found = {(dead_letters.original(x)[1], x.size, x.reason) for x in letters}
+    found = {(dead_letters.original(x).value, x.size, x.error) for x in letters}
     for _, value, reason in bad:
         kept = value[: dead_letters.LARGEST]
         assert any(x == kept and size == len(value) and reason in why for x, size, why in found), (

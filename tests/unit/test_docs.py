@@ -3,7 +3,7 @@
 import re
 import shlex
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import click
 import msgspec
@@ -17,7 +17,8 @@ from app.cli import main
 from app.kafka import wanted_topics
 from app.metrics import WorkerCollector
 from app.settings import Settings, variable
-from models.dead_letters import DeadLetter
+from models.dead_letters import DeadLetter, Replayed
+from models.events import Code
 from models.expressions import FUNCTIONS
 from models.pipeline import find, parse, schema
 from models.predictions import Origin, Prediction
@@ -177,11 +178,13 @@ def fields(*structs: type[msgspec.Struct]) -> set[str]:
 def test_every_field_of_a_record() -> None:
     topics, api = page("topics.md"), page("api.md")
     columns = RecordCodec(find("card-fraud", PIPELINES), 1).dtype.names or ()
-    for name in fields(Prediction, Origin, DeadLetter):
+    for name in fields(Prediction, Origin, DeadLetter, Replayed):
         assert f"`{name}`" in topics, name
         assert f'"{name}"' in topics, name
     for name in set(columns) - {"fields", "features"}:  # those two are told in words
         assert re.search(rf"\b{name}\s[iu]\d", topics), name
+    for code in get_args(Code):
+        assert f"| `{code}` |" in topics, code
     for name in fields(Features, Problem):
         assert f'"{name}"' in api, name
 

@@ -75,7 +75,7 @@ def decode(
     assert len(batch) == len(kept) == len(batch.payloads) == len(batch.keys) == len(batch.times)
     assert len({r.index for r in rejects}) == len(rejects), "a record is told of once"
     assert sorted([*kept.tolist(), *(r.index for r in rejects)]) == list(range(len(values)))
-    return batch, kept.tolist(), {r.index: r.reason for r in rejects}
+    return batch, kept.tolist(), {r.index: r.reason.error for r in rejects}
 
 
 def kinds(**fields: Any) -> dict[str, int]:
@@ -280,6 +280,20 @@ def test_bad_input_is_told_apart_with_its_reason(value: bytes, reason: str) -> N
     assert reason in why(value)
 
 
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("nothing", "empty"), ("no JSON", "not-json"), ("half of it", "not-json"), ("a list", "wrong-value"),
+        ("text that is not UTF-8", "not-json"), ("a deep hole", "not-json"), ("a field missing", "missing-field"),
+        ("a field null", "wrong-value"), ("a huge id", "wrong-value"), ("a huge amount", "wrong-decimal"),
+        ("a time before 1970", "wrong-time"), ("a time that is yet to come", "time-ahead"),
+    ],
+)  # fmt: skip
+def test_each_reason_has_a_code(name: str, code: str) -> None:
+    _, _, (reject,) = DECODERS[SHOP.name].decode([BAD[name][0]], np.array([NOW]))
+    assert reject.reason.code == code
+
+
 def test_the_edges_of_time_are_good() -> None:
     _, kept, rejects = decode(record(AT=1), record(AT=NOW + AHEAD_MS))
     assert (kept, rejects) == ([0, 1], {})
@@ -378,7 +392,7 @@ def test_a_bad_label_is_told_apart_with_its_reason(bad: Any, reason: str) -> Non
     good, value = json.dumps(LABEL).encode(), bad if bad == b"" else json.dumps({**LABEL, **bad}).encode()
     batch, kept, rejects = LabelDecoder(shop()).decode([good, value, good])
     assert (kept.tolist(), batch.ids.tolist()) == ([0, 2], [7, 7])
-    assert [(r.index, reason in r.reason) for r in rejects] == [(1, True)]
+    assert [(r.index, reason in r.reason.error) for r in rejects] == [(1, True)]
 
 
 def test_a_label_must_say_what_it_is() -> None:
@@ -386,4 +400,4 @@ def test_a_label_must_say_what_it_is() -> None:
     label = {k: v for k, v in LABEL.items() if k != "RETURNED"}
     _, kept, rejects = LabelDecoder(shop()).decode([json.dumps(label).encode()])
     assert kept.tolist() == []
-    assert rejects[0].reason == "Object missing required field `RETURNED`"
+    assert rejects[0].reason == ("missing-field", "Object missing required field `RETURNED`")

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from models.predictions import PredictionEncoder, decode
+from models.predictions import Place, PredictionEncoder, decode
 from tests.fixtures.histories import bits
 from tests.fixtures.pipelines import shop
 
@@ -106,3 +106,26 @@ def test_no_events_have_no_predictions() -> None:
 def test_a_consumer_is_told_what_is_no_prediction() -> None:
     with pytest.raises(msgspec.ValidationError, match="missing required field"):
         decode(b'{"id": 7}')
+
+
+@given(st.data())
+def test_whatever_owners_send_again_each_prediction_is_given_out_once(data: st.DataObject) -> None:
+    """An owner goes on from any point that was reached, in order; readers stop anywhere, and lose or keep the place."""
+    log, reached = [], -1
+    for _ in range(data.draw(st.integers(1, 6))):
+        start = data.draw(st.integers(0, reached + 1))
+        end = data.draw(st.integers(start, reached + 6))
+        log += range(start, end + 1)
+        reached = max(reached, end)
+    place, given_out = Place(0), []
+    for offset, origin in enumerate(log):
+        if data.draw(st.booleans()):
+            place = Place(place.next, place.highest)  # a restart from what was kept
+        if data.draw(st.booleans()):
+            # a restart that kept the next offset alone, and reads what stands before it first
+            again = Place(place.next)
+            assert not any(again.take(o, log[o]) for o in range(place.next))
+            assert again == place
+        if place.take(offset, origin):
+            given_out.append(origin)
+    assert given_out == list(range(reached + 1))

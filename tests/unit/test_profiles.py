@@ -476,7 +476,7 @@ def test_bad_input_is_handed_on_with_its_place(tmp_path: Path) -> None:
         ),
     ]
     applied = profiles.apply(polled)
-    assert [(p, r.offset, reason[:14]) for p, r, reason in applied.rejects] == [
+    assert [(p, r.offset, reason.error[:14]) for p, r, reason in applied.rejects] == [
         (2, 0, "JSON is malfor"), (0, 1, "the record is "), (0, 3, "Object missing"),
     ]  # fmt: skip
     assert sorted(zip(applied.logs.tolist(), applied.offsets.tolist(), strict=True)) == [
@@ -508,7 +508,7 @@ def test_a_misplaced_key_is_refused_and_changes_nothing(tmp_path: Path) -> None:
         Fetched(1, b"junk"), *orders(other, 2, first=2), *orders(mine, 2, first=3), *orders(stranger, 2, first=4),
     ]  # fmt: skip
     applied = profiles.apply([(0, wrong)])
-    assert [(p, r.offset, reason) for p, r, reason in applied.rejects[1:]] == [
+    assert [(p, r.offset, reason.error) for p, r, reason in applied.rejects[1:]] == [
         (0, 2, f"CUSTOMER {other} belongs in partition 1, not 0; publish it with the record key {other}"),
         (
             0,

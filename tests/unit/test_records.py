@@ -154,7 +154,7 @@ def one_record(codec: RecordCodec = CODEC) -> bytes:
 def test_foreign_bytes_are_rejected(foreign: Any) -> None:
     batch, kept, rejects = CODEC.decode([one_record(), foreign, one_record()], [b"a", b"b", b"c"])
     assert kept.tolist() == [0, 2]
-    assert [(r.index, r.reason) for r in rejects] == [(1, "this is no record of a stage")]
+    assert [(r.index, r.reason.error) for r in rejects] == [(1, "this is no record of a stage")]
     assert (batch.keys, batch.times.tolist()) == ([b"a", b"c"], [5, 5])
 
 
