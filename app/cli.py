@@ -304,13 +304,14 @@ def worker(name: str, alias: str | None, port: int | None) -> None:
 
     from app import kafka
     from app import worker as workers
+    from app.membership import Membership
     from tables import model_folder
 
     model = model_folder.load(settings.models_root, pipeline)
     counts = asyncio.run(kafka.checked_partitions(address, pipeline))
     built = workers.Worker(
         pipeline, model, counts, address, redis_url, settings.data_root, settings.api_host,
-        port or settings.worker_port,
+        port or settings.worker_port, Membership(settings.session_s, settings.instance_id),
     )  # fmt: skip
     workers.run(built, address, settings.data_root, settings.log_level)
 

@@ -22,6 +22,8 @@ from faust.types import TP
 from faust.types.tuples import Message
 
 from agents.outbox import Outbox
+from app.assignor import StickyAssignor
+from app.membership import Coordinator
 from tables.profiles import Polled
 
 SCHEME = "headrace"  # of broker addresses that use this transport
@@ -41,9 +43,23 @@ class Positions(Protocol):
     async def take(self, committed: Mapping[TP, int | None], consumer: Consumer) -> Mapping[TP, int]:
         """Open what was assigned, given what the group committed. Returns the next offset of each."""
 
+    def end(self, error: Exception) -> object:
+        """End the process: this worker's partitions are another's. Called in any thread."""
+
 
 class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
-    """Takes from all partitions alike what was fetched."""
+    """A member of the group by our rules, which takes from all partitions alike what was fetched."""
+
+    def _create_worker_consumer(self, transport: Any) -> Any:
+        """Faust's own assignor is for tables; what else asks it (recovery) is told that there are none."""
+        consumer = super()._create_worker_consumer(transport)
+        instance = self.app.conf.consumer_group_instance_id
+        consumer._partition_assignment_strategy = (StickyAssignor(instance),)
+        return consumer
+
+    async def on_start(self) -> None:
+        await super().on_start()
+        Coordinator.take_over(self._consumer._coordinator, self.consumer.positions.end)
 
     async def _fetch_records(
         self,

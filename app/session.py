@@ -87,7 +87,10 @@ async def fresh(settings: Settings, pipeline: Pipeline, addresses: services.Addr
 class Process:
     """`headrace worker` or `headrace api`, as a user would start it, in a session of its own."""
 
-    def __init__(self, settings: Settings, pipeline: Pipeline, command: str, number: int = 1) -> None:
+    def __init__(
+        self, settings: Settings, pipeline: Pipeline, command: str, number: int = 1, **environment: str
+    ) -> None:
+        """environment: further variables of the process."""
         self.name = command
         self.port = free_port()
         self.log = settings.data_root / "logs" / f"{pipeline.instance}-{command}-{number}.log"
@@ -99,6 +102,7 @@ class Process:
         self._environment = os.environ | {
             "HEADRACE_API_HOST": "127.0.0.1",
             "HEADRACE_MODELS_ROOT": str(settings.models_root),
+            **environment,
         }
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -31,6 +31,7 @@ from agents.score import Score
 from agents.stage import Stage
 from app import faust_batches, kafka, metrics
 from app.api.server import create_api, serve
+from app.membership import HEARTBEAT_S, NEVER_S, REBALANCE_S, Membership, Watchdog
 from models import dead_letters
 from models.errors import HeadraceError
 from models.events import EventDecoder
@@ -44,7 +45,7 @@ from tables.store import Store
 
 POLL_RECORDS = 4000  # of all topics in one poll at most: some 40 ms of work
 QUEUED_POLLS = 2  # decoded work never waits long behind a rebalance
-SESSION_S = 10.0
+HAND_OVER_S = 10.0  # for a flush of what was folded; the group waits somewhat longer
 STOP_S = 30.0
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,12 @@ class Partitions:
         self.committable: dict[TP, int] = {}
         labels = worker.pipeline.labels
         self.first = (labels.topic,) if labels is not None else ()
-        self.taken = False
+        self.held: set[TP] = set()
+        self.rebalances = 0
+
+    @property
+    def taken(self) -> bool:
+        return bool(self.held)
 
     async def take(
         self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer
@@ -102,15 +108,25 @@ class Partitions:
                 )  # fmt: skip
             starts[tp] = first[tp] if position is None else position
             stage.start_at(tp.partition, starts[tp])
-        self.taken = bool(assigned)
+        self.held = assigned
+        self.rebalances += 1
+        self.committable = {tp: offset for tp, offset in self.committable.items() if tp in assigned}
         held = ", ".join(f"{len(s.partitions)} of {s.entity.log}" for s in worker.stages)
         say(f"{worker.pipeline.instance}: holds {held}; model {worker.model.card.version}; {worker.url}")
         return starts
 
     async def release(self) -> None:
-        """Flush and close all: before a rebalance, and at the end."""
+        """Flush and close all: before a rebalance, and at the end. What fails stops the worker."""
+        try:
+            await asyncio.wait_for(self._release(), HAND_OVER_S)
+        except TimeoutError:
+            stop_at_once(HandOverSlow())
+        except Exception as error:
+            stop_at_once(error)
+
+    async def _release(self) -> None:
         worker = self._worker
-        self.taken = False
+        self.held = set()
         await worker.flush.once()
         await worker.flush.durable()
         for stage in worker.stages:
@@ -122,16 +138,30 @@ class Partitions:
     def committed(self, topic: str, partition: int, position: int) -> None:
         self.committable[TP(topic, partition)] = position
 
+    def end(self, error: Exception) -> NoReturn:
+        stop_at_once(error)
+
+
+class HandOverSlow(HeadraceError):
+    """What was folded could not be flushed in time, so another may fold it already."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"This worker could not flush within {HAND_OVER_S:.0f} s when it was to let its partitions go: see whether "
+            "Kafka acknowledges, and the disk. It ends; what was not flushed is folded again."
+        )
+
 
 class Worker:
     """The parts of a worker, wired."""
 
     def __init__(
         self, pipeline: Pipeline, model: Model, counts: dict[str, int], kafka_address: str, redis_url: str | None,
-        data_root: Path, host: str, port: int,
+        data_root: Path, host: str, port: int, membership: Membership,
     ) -> None:  # fmt: skip
         """counts: partitions by topic, from kafka.checked_partitions."""
-        self.pipeline, self.model = pipeline, model
+        self.pipeline, self.model, self.membership = pipeline, model, membership
+        self.watchdog = Watchdog(membership.session_s, stop_at_once)
         self.profiles_root = data_root / "profiles" / pipeline.instance / pipeline.definition
         self.dead_letters = 0
         self._counts = counts
@@ -179,7 +209,7 @@ class Worker:
         self._producer = kafka.producer(self._address)
         await self._producer.start()
         await kafka.know_topics(self._producer, pipeline)
-        self.outbox = Outbox(self._producer, _now_ms, stop_at_once)
+        self.outbox = Outbox(self._producer, self._now_ms, stop_at_once)
         self.score = Score(pipeline, self.stages[-1], self.model, self.outbox, self._reject)
         if pipeline.labels is not None and any(e.labelled for e in pipeline.entities):
             self.route = Route(pipeline, self.outbox, self._reject_record, self._counts)
@@ -199,6 +229,7 @@ class Worker:
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
+        self.watchdog.start()
 
     async def stop(self) -> None:
         """In good order: nothing that was folded has to be folded again."""
@@ -214,6 +245,7 @@ class Worker:
         if self._mirror is not None:
             await self._mirror.close()
         await self._producer.stop()
+        self.watchdog.stop()
 
     def agents(self, app: faust.App) -> None:
         """Declare the Faust agents: one for the labels, one for each entity."""
@@ -238,6 +270,7 @@ class Worker:
             try:
                 handle = make().handle
                 async for polled in faust_batches.polls(stream, app, self.outbox):
+                    self.watchdog.check()
                     handle(polled)
             except asyncio.CancelledError:
                 raise
@@ -277,6 +310,11 @@ class Worker:
         home = partition % self._counts[self.pipeline.dead_letters]
         self.outbox.put(self.pipeline.dead_letters, home, record.key, letter)
 
+    def _now_ms(self) -> int:
+        """The time of sending. A batch of before a long sleep is not sent."""
+        self.watchdog.check()
+        return time.time_ns() // 1_000_000
+
     async def _ready(self) -> str | None:
         if not self.partitions.taken:
             return "The worker holds no partitions yet; it waits for Kafka to assign some."
@@ -313,8 +351,11 @@ def create_worker(worker: Worker, address: str, data_root: Path) -> App:
         topic_disable_leader=True,
         topic_allow_declare=False,
         consumer_auto_offset_reset="earliest",
-        broker_session_timeout=SESSION_S,
-        broker_heartbeat_interval=SESSION_S / 5,
+        broker_session_timeout=worker.membership.session_s,
+        broker_heartbeat_interval=HEARTBEAT_S,
+        broker_rebalance_timeout=REBALANCE_S,
+        broker_max_poll_interval=NEVER_S,
+        consumer_group_instance_id=worker.membership.instance,
         broker_max_poll_records=POLL_RECORDS,
         broker_commit_interval=1.0,
         stream_buffer_maxsize=QUEUED_POLLS,
@@ -367,7 +408,3 @@ def stop_at_once(error: BaseException) -> NoReturn:
 def say(text: str) -> None:
     """Tell who watches the worker."""
     print(f"headrace worker: {text}", file=sys.stderr, flush=True)  # noqa: T201
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
