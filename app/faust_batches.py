@@ -140,6 +140,9 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         except self.consumer_stopped_errors:
             if not self.app.should_stop:
                 raise
+        except asyncio.CancelledError:  # while partitions change hands, Faust takes it for a crash
+            if not self.app.should_stop:
+                raise
 
     def on_buffer_full(self, tp: TP) -> None:
         """Faust would stop fetching this one partition, which would put it behind the others.

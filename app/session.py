@@ -132,8 +132,8 @@ class Process:
 
     def check(self) -> None:
         """Raises ProcessFailed where it has ended by itself."""
-        if self._process is not None and self._process.poll() is not None:
-            raise ProcessFailed(self.name, f"ended with exit code {self._process.returncode}", self.log)
+        if self.exit_code is not None:
+            raise ProcessFailed(self.name, f"ended with exit code {self.exit_code}", self.log)
 
     async def metrics(self) -> dict[str, float]:
         """Its metrics now, by name with labels in braces."""
@@ -145,6 +145,16 @@ class Process:
             for family in text_string_to_metric_families(text)
             for sample in family.samples
         }
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return None if self._process is None else self._process.poll()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, if it runs."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
 
     def stop(self, number: signal.Signals = signal.SIGTERM, within: float = 40.0) -> int:
         """End it and wait. Its exit code."""

@@ -61,6 +61,7 @@ class Partitions:
         self.first = (labels.topic,) if labels is not None else ()
         self.held: set[TP] = set()
         self.rebalances = 0
+        self._changing = asyncio.Lock()  # a store that opens while all are closed would stay open
 
     @property
     def taken(self) -> bool:
@@ -78,6 +79,13 @@ class Partitions:
     async def _take(
         self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer
     ) -> Mapping[TP, int]:
+        epoch = consumer.epoch
+        async with self._changing:
+            return await self._open(committed, consumer, epoch)
+
+    async def _open(
+        self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer, epoch: int
+    ) -> Mapping[TP, int]:
         worker, score = self._worker, self._worker.score
         assigned = set(committed)
         first = await consumer.earliest_offsets(*assigned) if assigned else {}
@@ -87,6 +95,8 @@ class Partitions:
         score.emitted = await kafka.last_origins(self._address, worker.pipeline.predictions, scored)
         starts: dict[TP, int] = {}
         for tp in assigned:
+            if consumer.epoch != epoch:  # revoked meanwhile: `release` waits to close what is open
+                return {}
             stage = worker.by_log.get(tp.topic)
             if stage is None:  # labels: the router keeps no store, and sends again what it must
                 offset = committed[tp]
@@ -118,7 +128,8 @@ class Partitions:
     async def release(self) -> None:
         """Flush and close all: before a rebalance, and at the end. What fails stops the worker."""
         try:
-            await asyncio.wait_for(self._release(), HAND_OVER_S)
+            async with asyncio.timeout(HAND_OVER_S), self._changing:
+                await self._release()
         except TimeoutError:
             stop_at_once(HandOverSlow())
         except Exception as error:
