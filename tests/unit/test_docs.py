@@ -99,7 +99,7 @@ def worker_metrics() -> dict[str, set[str]]:
     counted = SimpleNamespace(entity=pipeline.entities[0], counts={"folded": 1}, size=0, nbytes=0)
     worker: Any = SimpleNamespace(
         stages=[counted],
-        partitions=SimpleNamespace(committable={TP("log", 0): 1}),
+        partitions=SimpleNamespace(committable={TP("log", 0): 1}, held={TP("log", 0)}, rebalances=1),
         model=SimpleNamespace(card=SimpleNamespace(pipeline="", version="", definition="")),
         score=SimpleNamespace(predicted=0),
         route=SimpleNamespace(routed=0),
