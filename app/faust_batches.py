@@ -27,6 +27,7 @@ from app.membership import Coordinator
 from tables.profiles import Polled
 
 SCHEME = "headrace"  # of broker addresses that use this transport
+FETCH_WAIT_MS = 100  # of a quiet partition's fetch, behind which all else waits that is asked of its broker
 POLL_S = 0.25  # how long a poll waits; taking partitions over waits for a poll to end
 
 TRANSPORTS.aliases[SCHEME] = f"{__name__}:Transport"
@@ -55,6 +56,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         consumer = super()._create_worker_consumer(transport)
         instance = self.app.conf.consumer_group_instance_id
         consumer._partition_assignment_strategy = (StickyAssignor(instance),)
+        consumer._fetch_max_wait_ms = FETCH_WAIT_MS  # 1.5 s are written in Faust's code
         return consumer
 
     async def on_start(self) -> None:

@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 
 from app import kafka, replay, session, verify
+from app.local import services
 from app.local.services import Addresses
 from app.settings import Settings
 from models import predictions
@@ -217,6 +218,27 @@ async def test_a_worker_that_slept_through_its_session_ends_when_it_wakes(
         worker.start()
         await publishing
         assert await run.verdict(tape.events) == (0, 0, 0)
+
+
+async def test_a_broker_that_restarts_ends_no_worker(
+    trained: Settings, addresses: Addresses, flights: Path
+) -> None:
+    if trained.kafka is not None:
+        pytest.skip("the broker is not ours to restart")
+    async with instance(trained, addresses, "flights-broker") as run:
+        worker = run.start(HEADRACE_INSTANCE_ID="one")
+        await holding(worker, counts=[4])
+        tape = replay.tape(flights, run.pipeline, "2013-02-01", "2013-02-08")
+        publishing = asyncio.create_task(replay.publish(tape, run.pipeline, addresses.kafka, 500))
+        await run.predicted(500)
+        services.down(trained, ["kafka"])
+        async with asyncio.timeout(60):  # away for longer than the session
+            while "Heartbeat session expired" not in worker.log.read_text():  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
+        services.up(trained, ["kafka"])
+        await publishing
+        assert await run.verdict(tape.events) == (0, 0, 0)
+        assert await holding(worker, counts=[4]) == [NUMBERS]
 
 
 async def test_a_worker_whose_topics_are_deleted_ends(trained: Settings, addresses: Addresses) -> None:
