@@ -23,9 +23,12 @@ from faust.types import TP
 from faust.types.tuples import Message
 
 from agents.in_step import InStep, Place
+from app.assignor import StickyAssignor
+from app.membership import Coordinator
 from tables.profiles import Polled
 
 SCHEME = "headrace"  # of broker addresses that use this transport
+FETCH_WAIT_MS = 100  # of a quiet partition's fetch, behind which all else waits that is asked of its broker
 MOST_OF_ONE = 1000  # records of one partition in a poll: a flush writes its profiles in one step
 POLL_S = 0.25  # how long a poll waits; taking partitions over waits for a poll to end
 STEP_S = 0.005  # likewise while records wait for their turn
@@ -51,6 +54,9 @@ class Positions(Protocol):
     async def release(self) -> None:
         """Flush and close all."""
 
+    def end(self, error: Exception) -> object:
+        """End the process: this worker's partitions are another's. Called in any thread."""
+
 
 class Room(Protocol):
     """Who knows whether there is room for another micro-batch: the worker's Flush."""
@@ -59,7 +65,19 @@ class Room(Protocol):
 
 
 class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
-    """Takes from all partitions alike what was fetched."""
+    """A member of the group by our rules, which takes from all partitions alike what was fetched."""
+
+    def _create_worker_consumer(self, transport: Any) -> Any:
+        """Faust's own assignor is for tables; what else asks it (recovery) is told that there are none."""
+        consumer = super()._create_worker_consumer(transport)
+        instance = self.app.conf.consumer_group_instance_id
+        consumer._partition_assignment_strategy = (StickyAssignor(instance),)
+        consumer._fetch_max_wait_ms = FETCH_WAIT_MS  # 1.5 s are written in Faust's code
+        return consumer
+
+    async def on_start(self) -> None:
+        await super().on_start()
+        Coordinator.take_over(self._consumer._coordinator, self.consumer.positions.end)
 
     async def _fetch_records(
         self,
@@ -148,6 +166,9 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
                     message = _message(topic, polled, epoch, self.app.consumer_generation_id)
                     await self.wait_first(self.callback(message), self.suspend_flow.wait())
         except self.consumer_stopped_errors:
+            if not self.app.should_stop:
+                raise
+        except asyncio.CancelledError:  # while partitions change hands, Faust takes it for a crash
             if not self.app.should_stop:
                 raise
 

@@ -25,6 +25,12 @@ POSITION: _Family = (
     "Next offset of a log that is not yet flushed",
     ["topic", "partition"],
 )
+HELD: _Family = (
+    "headrace_partition_held",
+    "1 for each partition that this worker holds",
+    ["topic", "partition"],
+)
+REBALANCES: _Family = ("headrace_rebalances", "How often partitions were shared out anew", [])
 PREDICTIONS: _Family = ("headrace_predictions", "Predictions sent to Kafka", [])
 LABELS: _Family = ("headrace_labels_routed", "Labels written to the entities' logs", [])
 DEAD_LETTERS: _Family = ("headrace_dead_letters", "Records sent to the dead letters", [])
@@ -58,10 +64,14 @@ class WorkerCollector(Collector):
             evicted.add_metric([stage.entity.name], stage.evicted)
         for tp, offset in worker.partitions.committable.items():
             positions.add_metric([tp.topic, str(tp.partition)], offset)
+        held = GaugeMetricFamily(*_of(HELD))
+        for tp in sorted(worker.partitions.held):
+            held.add_metric([tp.topic, str(tp.partition)], 1)
         card = worker.model.card
         model = GaugeMetricFamily(*_of(MODEL))
         model.add_metric([card.pipeline, card.version, card.definition], 1)
-        yield from (records, profiles, sizes, loaded, evicted, positions, model)
+        yield from (records, profiles, sizes, loaded, evicted, positions, held, model)
+        yield CounterMetricFamily(*REBALANCES[:2], value=worker.partitions.rebalances)
         yield CounterMetricFamily(*PREDICTIONS[:2], value=worker.score.predicted)
         yield CounterMetricFamily(*LABELS[:2], value=worker.route.routed if worker.route else 0)
         yield CounterMetricFamily(*DEAD_LETTERS[:2], value=worker.dead_letters)

@@ -89,7 +89,10 @@ async def fresh(settings: Settings, pipeline: Pipeline, addresses: services.Addr
 class Process:
     """`headrace worker` or `headrace api`, as a user would start it, in a session of its own."""
 
-    def __init__(self, settings: Settings, pipeline: Pipeline, command: str, number: int = 1) -> None:
+    def __init__(
+        self, settings: Settings, pipeline: Pipeline, command: str, number: int = 1, **environment: str
+    ) -> None:
+        """environment: further variables of the process."""
         self.name = command
         self.port = free_port()
         self.log = settings.data_root / "logs" / f"{pipeline.instance}-{command}-{number}.log"
@@ -101,6 +104,7 @@ class Process:
         self._environment = os.environ | {
             "HEADRACE_API_HOST": "127.0.0.1",
             "HEADRACE_MODELS_ROOT": str(settings.models_root),
+            **environment,
         }
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -130,8 +134,8 @@ class Process:
 
     def check(self) -> None:
         """Raises ProcessFailed where it has ended by itself."""
-        if self._process is not None and self._process.poll() is not None:
-            raise ProcessFailed(self.name, f"ended with exit code {self._process.returncode}", self.log)
+        if self.exit_code is not None:
+            raise ProcessFailed(self.name, f"ended with exit code {self.exit_code}", self.log)
 
     async def metrics(self) -> dict[str, float]:
         """Its metrics now, by name with labels in braces."""
@@ -143,6 +147,16 @@ class Process:
             for family in text_string_to_metric_families(text)
             for sample in family.samples
         }
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return None if self._process is None else self._process.poll()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, if it runs."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
 
     def stop(self, number: signal.Signals = signal.SIGTERM, within: float = 40.0) -> int:
         """End it and wait. Its exit code."""

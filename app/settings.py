@@ -144,6 +144,16 @@ class Settings(BaseSettings):
         default=1024,
         description="Memory of a worker's profiles, MiB; above it those not in use lately stay on disk only.",
     )
+    session_s: Annotated[int, Field(ge=6, le=60)] = Field(
+        default=6,
+        description="Seconds of silence after which the group counts a worker out; from the broker's minimum of 6 "
+        "to 10 is sensible.",
+    )
+    instance_id: Annotated[str, Field(min_length=1, max_length=249)] | None = Field(
+        default=None,
+        description="Name of this worker, unique and the same after a restart, e.g. the pod's: a static member of the "
+        "group, which keeps its partitions when it is back within the session.",
+    )
     log_level: Annotated[LogLevel, BeforeValidator(_upper)] = Field(
         default="WARNING",
         description="Least severe log record shown: DEBUG, INFO, WARNING, ERROR or CRITICAL.",

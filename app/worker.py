@@ -34,6 +34,7 @@ from app import checkpoints, faust_batches, kafka, metrics
 from app.api.server import create_api, serve
 from app.control import Control
 from app.local.services import Addresses
+from app.membership import HEARTBEAT_S, NEVER_S, REBALANCE_S, Membership, Watchdog
 from app.producer import Producer
 from app.settings import Settings
 from models import dead_letters
@@ -50,7 +51,7 @@ from tables.store import Store
 
 POLL_RECORDS = 4000  # of all topics in one poll at most: some 40 ms of work
 QUEUED_POLLS = 2  # decoded work never waits long behind a rebalance
-SESSION_S = 10.0
+HAND_OVER_S = 10.0  # for a flush of what was folded; the group waits somewhat longer
 STOP_S = 30.0
 TAKE_S = 600.0  # a checkpoint of some GB is restored by then; who hangs for longer is better started anew
 
@@ -68,11 +69,16 @@ class Partitions:
         self._labels = labels.topic if labels is not None else ""
         self.first = (self._labels,) if labels is not None else ()
         self.log_starts: dict[tuple[str, int], int] = {}  # of what is being opened
-        self.taken = False
-        self._released = 0
+        self.held: set[TP] = set()
+        self.rebalances = 0
+        self._changing = asyncio.Lock()  # a store that opens while all are closed would stay open
         self._consumer: faust_batches.Consumer
         # By topic and partition: from which offset on outputs are sent again, and until where.
         self._replays: dict[TP, tuple[int | None, int]] = {}
+
+    @property
+    def taken(self) -> bool:
+        return bool(self.held)
 
     async def take(
         self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer
@@ -86,6 +92,13 @@ class Partitions:
     async def _take(
         self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer
     ) -> Mapping[TP, int]:
+        epoch = consumer.epoch
+        async with self._changing:
+            return await self._open(committed, consumer, epoch)
+
+    async def _open(
+        self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer, epoch: int
+    ) -> Mapping[TP, int]:
         worker, score = self._worker, self._worker.score
         assigned = set(committed)
         self._consumer = consumer
@@ -96,8 +109,8 @@ class Partitions:
         # No older owner can add to what is read here.
         await worker.producer.claim(worker.pipeline.predictions, scored)
         score.emitted = await kafka.last_origins(self.address, worker.pipeline.predictions, scored)
-        positions = await self._open([tp for tp in assigned if tp.topic in worker.by_log], first)
-        if positions is None:
+        positions = await self._stores([tp for tp in assigned if tp.topic in worker.by_log], first)
+        if consumer.epoch != epoch:  # revoked meanwhile: `release` waits to close what is open
             return {}
         starts: dict[TP, int] = {}
         for tp in assigned:
@@ -110,23 +123,21 @@ class Partitions:
         if worker.route is not None:
             worker.route.start_at({tp.partition: starts[tp] for tp in assigned if tp not in positions})
         self.in_step.start(starts, ends, time.monotonic())
-        self.taken = bool(assigned)
+        self.held = assigned
+        self.rebalances += 1
+        self.committable = {tp: offset for tp, offset in self.committable.items() if tp in assigned}
         held = ", ".join(f"{len(s.partitions)} of {s.entity.log}" for s in worker.stages)
         say(f"{worker.pipeline.instance}: holds {held}; model {worker.model.card.version}; {worker.url}")
         return starts
 
-    async def _open(self, tps: list[TP], first: Mapping[TP, int]) -> dict[TP, int | None] | None:
-        """Open their stores, all at once: their positions. None where they were released meanwhile."""
-        released, stages = self._released, self._worker.by_log
+    async def _stores(self, tps: list[TP], first: Mapping[TP, int]) -> dict[TP, int | None]:
+        """Open their stores, all at once. Returns their positions."""
+        stages = self._worker.by_log
         self.log_starts = {(tp.topic, tp.partition): first[tp] for tp in tps}
         positions = await asyncio.gather(
             *(asyncio.to_thread(stages[tp.topic].open, tp.partition, self._again(tp)) for tp in tps)
         )
-        if released == self._released:
-            return dict(zip(tps, positions, strict=True))
-        for tp in tps:
-            stages[tp.topic].close(tp.partition)
-        return None
+        return dict(zip(tps, positions, strict=True))
 
     def _start(self, tp: TP, position: int, first: int, end: int) -> int:
         """Start a partition, whose store is at `position`, and whose log holds `first` to `end`. Returns where."""
@@ -145,10 +156,18 @@ class Partitions:
         return max(position, first)
 
     async def release(self) -> None:
-        """Flush and close all: before a rebalance, and at the end."""
+        """Flush and close all: before a rebalance, and at the end. What fails stops the worker."""
+        try:
+            async with asyncio.timeout(HAND_OVER_S), self._changing:
+                await self._release()
+        except TimeoutError:
+            stop_at_once(HandOverSlow())
+        except Exception as error:
+            stop_at_once(error)
+
+    async def _release(self) -> None:
         worker = self._worker
-        self._released += 1
-        self.taken = False
+        self.held = set()
         await worker.flush.once()
         await worker.flush.durable()
         for stage in worker.stages:
@@ -189,6 +208,19 @@ class Partitions:
     def committed(self, topic: str, partition: int, position: int) -> None:
         self.committable[TP(topic, partition)] = position
 
+    def end(self, error: Exception) -> NoReturn:
+        stop_at_once(error)
+
+
+class HandOverSlow(HeadraceError):
+    """What was folded could not be flushed in time, so another may fold it already."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"This worker could not flush within {HAND_OVER_S:.0f} s when it was to let its partitions go: see whether "
+            "Kafka acknowledges, and the disk. It ends; what was not flushed is folded again."
+        )
+
 
 class Worker:
     """The parts of a worker, wired."""
@@ -197,9 +229,11 @@ class Worker:
         self, pipeline: Pipeline, model: Model, counts: dict[str, int], addresses: Addresses, settings: Settings,
         port: int,
     ) -> None:  # fmt: skip
-        """counts: partitions by topic, from kafka.checked_partitions. checkpoints: None for none."""
+        """counts: partitions by topic, from kafka.checked_partitions."""
         self.pipeline, self.model = pipeline, model
         self.settings = settings
+        self.membership = Membership(settings.session_s, settings.instance_id)
+        self.watchdog = Watchdog(settings.session_s, stop_at_once)
         self.profiles_root = homes.root_of(settings.data_root, pipeline)
         self.dead_letters = 0
         self._counts = counts
@@ -216,7 +250,7 @@ class Worker:
         self.mirror = MirrorAgent(self.stages, self._mirror)
         self._checkpoints = checkpoints.of(settings, pipeline)
         self.checkpoint = (
-            CheckpointAgent(self.stages, self._checkpoints, settings.checkpoint_every_s, _now_ms)
+            CheckpointAgent(self.stages, self._checkpoints, settings.checkpoint_every_s, self._now_ms)
             if self._checkpoints
             else None
         )
@@ -259,7 +293,7 @@ class Worker:
         pipeline = self.pipeline
         self.producer = Producer(self.address, f"headrace-{pipeline.instance}", self.settings.delivery)
         await self.producer.start(kafka.wanted_topics(pipeline))
-        self.outbox = Outbox(self.producer, _now_ms, stop_at_once)
+        self.outbox = Outbox(self.producer, self._now_ms, stop_at_once)
         self.score = Score(pipeline, self.stages[-1], self.model, self.outbox, self._reject)
         if pipeline.labels is not None and any(e.labelled for e in pipeline.entities):
             self.route = Route(pipeline, self.outbox, self._reject_record, self._counts)
@@ -287,6 +321,7 @@ class Worker:
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
+        self.watchdog.start()
 
     async def stop(self) -> None:
         """In good order: nothing that was folded has to be folded again."""
@@ -300,6 +335,7 @@ class Worker:
             await self._web.cleanup()
         await self._mirror.close()
         await self.producer.stop()
+        self.watchdog.stop()
 
     def agents(self, app: faust.App) -> None:
         """Declare the Faust agents: one for the labels, one for each entity."""
@@ -324,6 +360,7 @@ class Worker:
             try:
                 handle = make().handle
                 async for polled in faust_batches.polls(stream, app, self.flush):
+                    self.watchdog.check()
                     handle(polled)
                     for partition, records in polled:
                         self.in_step.handled(topic, partition, records[-1].offset)
@@ -358,6 +395,11 @@ class Worker:
         )
         home = partition % self._counts[self.pipeline.dead_letters]
         self.outbox.put(self.pipeline.dead_letters, home, str(origin).encode(), letter)
+
+    def _now_ms(self) -> int:
+        """The time of sending. A batch of before a long sleep is not sent."""
+        self.watchdog.check()
+        return time.time_ns() // 1_000_000
 
     async def _ready(self) -> str | None:
         if not self.partitions.taken:
@@ -395,8 +437,11 @@ def create_worker(worker: Worker) -> App:
         topic_disable_leader=True,
         topic_allow_declare=False,
         consumer_auto_offset_reset="earliest",
-        broker_session_timeout=SESSION_S,
-        broker_heartbeat_interval=SESSION_S / 5,
+        broker_session_timeout=worker.membership.session_s,
+        broker_heartbeat_interval=HEARTBEAT_S,
+        broker_rebalance_timeout=REBALANCE_S,
+        broker_max_poll_interval=NEVER_S,
+        consumer_group_instance_id=worker.membership.instance,
         broker_max_poll_records=POLL_RECORDS,
         broker_commit_interval=1.0,
         stream_buffer_maxsize=QUEUED_POLLS,
@@ -462,7 +507,3 @@ def _in_step(pipeline: Pipeline) -> list[dict[str, Clocks]]:
     if labels is not None and any(e.labelled for e in entities):
         first[labels.topic] = clocks(stream, labels.known)
     return [first] + [{e.log: RecordCodec(pipeline, n).clocks} for n, e in enumerate(entities[1:-1], 1)]
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

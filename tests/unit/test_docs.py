@@ -102,7 +102,7 @@ def worker_metrics() -> dict[str, set[str]]:
     )
     worker: Any = SimpleNamespace(
         stages=[counted],
-        partitions=SimpleNamespace(committable={TP("log", 0): 1}),
+        partitions=SimpleNamespace(committable={TP("log", 0): 1}, held={TP("log", 0)}, rebalances=1),
         model=SimpleNamespace(card=SimpleNamespace(pipeline="", version="", definition="")),
         score=SimpleNamespace(predicted=0),
         route=SimpleNamespace(routed=0),
