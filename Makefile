@@ -4,7 +4,7 @@
 BIN := .venv/bin
 STAMP := .venv/.set-up
 
-.PHONY: help setup demo test coverage lint format unit bench up down lock clean
+.PHONY: help setup demo test coverage lint format unit bench chaos up down lock clean
 
 help: ## Show this help
 	@echo "Headrace: make TARGET [ARGS='...']"
@@ -41,6 +41,9 @@ unit: setup ## The tests that need no service, in seconds
 
 bench: setup ## Measure this machine (ARGS=latency for the other benchmark)
 	@$(BIN)/headrace bench $(or $(ARGS),throughput)
+
+chaos: setup ## Five minutes of faults under load, every prediction compared (ARGS are its options)
+	@$(BIN)/headrace chaos $(ARGS)
 
 up: setup ## Start Kafka, Valkey and PostgreSQL on this machine, unless the settings name others
 	@$(BIN)/headrace up $(ARGS)

@@ -19,8 +19,6 @@ from app.settings import Settings
 from models.errors import HeadraceError
 from models.events import event_id
 from models.pipeline import Pipeline, find
-from models.scoring import ModelError
-from tables import model_folder
 
 DAYS = 120  # of the default city: 9,600 payments a day
 WARM_UP_S = 5.0
@@ -91,12 +89,7 @@ def _prepare(settings: Settings, pipeline: Pipeline, events: int, report: Report
         file = Path("data") / story.file
         if not file.exists():
             story.make(file, lambda done, total: None)
-    try:
-        model_folder.load(settings.models_root, pipeline)
-    except ModelError:
-        features = file.with_suffix(".features.parquet")
-        history.compute(file, features, pipeline)
-        lifecycle.train(pipeline, features, settings.models_root, report)
+    lifecycle.ensure(pipeline, file, settings.models_root, report)
     times = history.read(file, pipeline).history.times
     if len(times) < events:
         raise HeadraceError(f"{file} has {len(times):,} events; ask for fewer than {events:,}.")

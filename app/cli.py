@@ -604,6 +604,30 @@ def demo(name: str, folder: Path, stay: bool | None, as_json: bool) -> None:
         raise HeadraceError("The run is not exact: see lost, doubled and features_equal above.")
 
 
+@main.command(epilog="Example: headrace chaos --seed 7 --minutes 10 --json")
+@click.option("--pipeline", "-p", "name", default="card-fraud", show_default=True, metavar="NAME")
+@click.option("--seed", default=1, show_default=True, help="Decides the load and the schedule of faults.")
+@click.option("--minutes", default=5.0, show_default=True, help="How long the load lasts.")
+@click.option("--seconds", type=float, help="The same in seconds.")
+@click.option("--rate", default=500.0, show_default=True, help="Events a second, sent whatever comes back.")
+@click.option("--json", "as_json", is_flag=True, help="The summary as one JSON line.")
+def chaos(name: str, seed: int, minutes: float, seconds: float | None, rate: float, as_json: bool) -> None:
+    """Kill, stop and cut what runs, under a rough load. Exit 1 if a prediction was lost, doubled or differs."""
+    from app import chaos as chaotic
+
+    minutes = minutes if seconds is None else seconds / 60
+    if not (minutes > 0 and rate > 0):
+        raise click.UsageError("--minutes, --seconds and --rate are to be above 0.")
+    summary = chaotic.run(_settings(), name, seed, minutes, rate, as_json)
+    if as_json:
+        click.echo(summary.as_json())
+    if not summary.good:
+        raise HeadraceError(
+            "The run is not exact: see lost, doubled, differing and unaccounted above, and chaos/findings.jsonl "
+            "under the data root."
+        )
+
+
 @main.group()
 def bench() -> None:
     """Measure a real worker on this machine. Figures are of this minute: compare within one run."""

@@ -10,8 +10,18 @@ from typing import Any
 from app import history
 from models import training
 from models.pipeline import Pipeline
-from models.scoring import Model
+from models.scoring import Model, ModelError
 from tables import model_folder
+
+
+def ensure(pipeline: Pipeline, file: Path, folder: Path, progress: Callable[[str], None]) -> None:
+    """Train on a file of events, unless the folder has a model of this definition."""
+    try:
+        model_folder.load(folder, pipeline)
+    except ModelError:
+        features = file.with_suffix(".features.parquet")
+        history.compute(file, features, pipeline)
+        train(pipeline, features, folder, progress)
 
 
 def train(

@@ -21,12 +21,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from app import checkpoints, client, kafka
 from app.local import services
 from app.settings import Settings
+from app.settings import environment as as_variables
 from models.errors import HeadraceError
 from models.pipeline import Pipeline
 from models.predictions import Prediction
 from tables.mirror import Mirror, connect
 
 READY_S = 60.0
+RUN_ALIGNMENT_S = 6 * 3600.0  # of event time, of which a run has days in a minute
+ANSWER_S = 5.0  # a process that takes longer to say that it is ready is not
 GONE_S = 15.0  # a worker that was killed is in its group for a session's length
 STALLED_S = 20.0  # without any new prediction: what is missing then does not come
 
@@ -40,8 +43,13 @@ class ProcessFailed(HeadraceError):
 
 
 def with_own_models(settings: Settings, name: str) -> Settings:
-    """Settings of a run that neither takes the user's champion nor replaces it."""
-    return settings.model_copy(update={"models_root": settings.data_root / name / "models"})
+    """Settings of a run that neither takes the user's champion nor replaces it.
+
+    A run packs days into minutes: what two workers take turns at must be more than seconds of it.
+    """
+    return settings.model_copy(
+        update={"models_root": settings.data_root / name / "models", "alignment_s": RUN_ALIGNMENT_S}
+    )
 
 
 @contextlib.contextmanager
@@ -97,15 +105,14 @@ class Process:
         self.port = free_port()
         self.log = settings.data_root / "logs" / f"{pipeline.instance}-{command}-{number}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.unlink(missing_ok=True)
         self._arguments = [
             sys.executable, "-m", "app.cli", command, "--pipeline", pipeline.name, "--as", pipeline.instance,
             "--port", str(self.port),
         ]  # fmt: skip
-        self._environment = os.environ | {
-            "HEADRACE_API_HOST": "127.0.0.1",
-            "HEADRACE_MODELS_ROOT": str(settings.models_root),
-            **environment,
-        }
+        self._environment = (
+            os.environ | as_variables(settings) | {"HEADRACE_API_HOST": "127.0.0.1"} | environment
+        )
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -113,7 +120,8 @@ class Process:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        with self.log.open("wb") as log:
+        """Start it, or start it again: the log goes on."""
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._arguments, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self._environment,
                 start_new_session=True,
@@ -122,15 +130,22 @@ class Process:
     async def ready(self) -> None:
         """Wait until it says that it is ready. Raises ProcessFailed."""
         deadline = time.monotonic() + READY_S
-        async with aiohttp.ClientSession() as http:
-            while time.monotonic() < deadline:
-                self.check()
-                with contextlib.suppress(aiohttp.ClientError):
-                    async with http.get(f"{self.url}/readyz") as response:
-                        if response.status == 200:
-                            return
-                await asyncio.sleep(0.1)
-        raise ProcessFailed(self.name, f"was not ready within {READY_S:.0f} s", self.log)
+        while not await self.is_ready():
+            self.check()
+            if time.monotonic() > deadline:
+                raise ProcessFailed(self.name, f"was not ready within {READY_S:.0f} s", self.log)
+            await asyncio.sleep(0.1)
+
+    async def is_ready(self) -> bool:
+        """Whether it says now that it is ready."""
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with (
+                asyncio.timeout(ANSWER_S),
+                aiohttp.ClientSession() as http,
+                http.get(f"{self.url}/readyz") as response,
+            ):
+                return response.status == 200
+        return False
 
     def check(self) -> None:
         """Raises ProcessFailed where it has ended by itself."""
@@ -150,7 +165,7 @@ class Process:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs."""
+        """None while it runs, -9 after a kill -9."""
         return None if self._process is None else self._process.poll()
 
     def send(self, number: signal.Signals) -> None:

@@ -35,6 +35,11 @@ def variable(field: str) -> str:
     return PREFIX + field.upper()
 
 
+def environment(settings: "Settings") -> dict[str, str]:
+    """What makes another process see the same settings."""
+    return {variable(name): str(value) for name, value in settings if value is not None}
+
+
 def _bootstrap(value: str) -> str:
     for server in value.split(","):
         host, _, port = server.strip().rpartition(":")

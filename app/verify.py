@@ -14,13 +14,13 @@ import numpy.typing as npt
 
 from app import kafka
 from models.events import Batch, EventDecoder, event_id, key_bytes
-from models.history import History, fold_entity, vectors_of
+from models.history import History, arena_for, vectors_of
 from models.partitions import partitions_of
 from models.pipeline import Entity, Pipeline
 from models.predictions import Prediction, decode
 from models.records import NEVER, NEWS, RecordCodec, fresh
 from models.vectors import Vectors
-from models.windows import DUPLICATE, EVENT, Floats, Ints
+from models.windows import DUPLICATE, EVENT, NULL, Floats, Ints
 
 
 @dataclass
@@ -44,11 +44,26 @@ class Verdict:
 
 
 @dataclass
+class Latest:
+    """An entity's profiles as of their newest event: what a mirror should hold. Times in ms."""
+
+    entity: Entity
+    keys: list[bytes]
+    times: Ints
+    features: Floats
+
+
+@dataclass
 class Expected:
-    """What the logs say: vectors (n, width) of the events with these ids (n,), sorted by id."""
+    """What the logs say: vectors (n, width) of the events with these ids (n,), sorted by id.
+
+    places: (n, entities, 2), partition and offset in each entity's log, -1 where it is not in it.
+    """
 
     ids: Ints
     vectors: Floats
+    places: Ints
+    latest: list[Latest]
     rejected: int
 
     def rows(self, ids: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
@@ -65,17 +80,15 @@ async def check(pipeline: Pipeline, address: str) -> tuple[Verdict, Expected]:
     predictions = [decode(r.value) async for r in kafka.read_between(address, pipeline.predictions)]
     ids = np.array([event_id(p.id) for p in predictions], np.int64)
     unique, counts = np.unique(ids, return_counts=True)
-    rows, known = expected.rows(ids)
-    served = vectors(pipeline, predictions)
-    differing = ~same(served, expected.vectors[rows]).all(axis=1) if len(ids) else np.zeros(0, np.bool_)
+    wrong = differing(pipeline, expected, predictions)
     return (
         Verdict(
             events=len(expected.ids),
             predictions=len(predictions),
             lost=int((~np.isin(expected.ids, unique)).sum()),
             doubled=int((counts - 1).sum()),
-            differing=int((differing | ~known).sum()),
-            cells=int(served.size),
+            differing=int(wrong.sum()),
+            cells=len(predictions) * len(pipeline.vector),
             rejected=expected.rejected,
         ),
         expected,
@@ -92,35 +105,50 @@ def order_skew(pipeline: Pipeline, history: History, expected: Expected) -> int:
 async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
     """The vectors of all events of the stream, by a fold of the logs in log order."""
     numeric = [f.name for f in pipeline.stream.numeric]
-    decoder = EventDecoder(pipeline)
-    records, logs, _ = await _read(address, pipeline.entities[0].log)
+    first = pipeline.entities[0]
+    count = (await kafka.partitions_of(address, [first.log]))[first.log]
+    records, logs, offsets = await _read(address, first.log)
     sent = np.array([r.timestamp for r in records], np.int64)
-    batch, kept, rejects = decoder.decode([r.value or b"" for r in records], sent)
-    at_home = await _at_home(address, pipeline, batch, logs[kept])
-    refused = len(rejects) + int((~at_home).sum())
-    batch = batch.where(at_home)
-    features, outcomes = _fold(pipeline.entities[0], batch, numeric)
+    batch, kept, _ = EventDecoder(pipeline).decode([r.value or b"" for r in records], sent)
+    home = _at_home(batch, logs[kept], count)
+    batch, kept = batch.where(home), kept[home]
+    features, outcomes, latest = _fold(first, batch, numeric)
     on = np.flatnonzero(outcomes != DUPLICATE)
     order = on[np.argsort(batch.ids[on], kind="stable")]
-    expected = Expected(batch.ids[order], np.empty((len(order), 0)), refused)
+    places = np.full((len(order), len(pipeline.entities), 2), -1, np.int64)
+    places[:, 0] = np.stack([logs[kept[order]], offsets[kept[order]]], axis=1)
+    expected = Expected(
+        batch.ids[order], np.empty((len(order), 0)), places, [latest], len(records) - len(kept)
+    )
     fields, gathered = batch.fields[order], [features[order]]
     for number, entity in enumerate(pipeline.entities[1:], 1):
-        records, logs, _ = await _read(address, entity.log)
+        records, logs, offsets = await _read(address, entity.log)
         codec = RecordCodec(pipeline, number)
         batch, kept, _ = codec.decode([r.value or b"" for r in records], [r.key for r in records])
         assert batch.sources is not None and batch.offsets is not None and batch.previous is not None
         width = int(batch.sources.max(initial=0)) + 1
         seen = np.full((int(logs.max(initial=0)) + 1, width), NEVER, np.int64)
         news = np.flatnonzero(fresh(logs[kept], batch.sources, batch.offsets, batch.previous, seen) == NEWS)
-        batch = batch.take(news)
-        features, outcomes = _fold(entity, batch, numeric)
+        batch, kept = batch.take(news), kept[news]
+        features, outcomes, latest = _fold(entity, batch, numeric)
+        expected.latest.append(latest)
         on = np.flatnonzero((batch.kinds == EVENT) & (outcomes != DUPLICATE))
         rows, known = expected.rows(batch.ids[on])
         placed = np.full((len(expected.ids), features.shape[1]), np.nan)
         placed[rows[known]] = features[on][known]
+        at = kept[on][known]
+        places[rows[known], number] = np.stack([logs[at], offsets[at]], axis=1)
         gathered.append(placed)
     expected.vectors = Vectors(pipeline).of(fields, np.hstack(gathered))
     return expected
+
+
+def differing(pipeline: Pipeline, expected: Expected, predictions: list[Prediction]) -> npt.NDArray[np.bool_]:
+    """Which predictions (n,) have a feature of other bits, or are of no event of the logs."""
+    rows, known = expected.rows(np.array([event_id(p.id) for p in predictions], np.int64))
+    if not known.any():
+        return ~known
+    return ~known | ~same(vectors(pipeline, predictions), expected.vectors[rows]).all(axis=1)
 
 
 def vectors(pipeline: Pipeline, predictions: list[Prediction]) -> Floats:
@@ -137,22 +165,27 @@ def same(a: Floats, b: Floats) -> npt.NDArray[np.bool_]:
     return equal
 
 
-async def _at_home(address: str, pipeline: Pipeline, batch: Batch, logs: Ints) -> npt.NDArray[np.bool_]:
-    """Which events stand in the partition of their key; a worker refuses the others."""
-    topic = pipeline.stream.topic
-    count = (await kafka.partitions_of(address, [topic]))[topic]
+def _at_home(batch: Batch, logs: Ints, count: int) -> npt.NDArray[np.bool_]:
+    """Which records stand in their key's partition, as workers ask of the stream's."""
     keys = [None if k is None else key_bytes(k) for k in batch.keys]
-    keyed = np.array([k is not None for k in keys], np.bool_)
-    at_home: npt.NDArray[np.bool_] = ~keyed | (partitions_of(keys, batch.ids, count) == logs)
-    return at_home
+    keyless = np.array([k is None for k in keys], np.bool_)
+    home: npt.NDArray[np.bool_] = keyless | (partitions_of(keys, batch.ids, count) == logs)
+    return home
 
 
-def _fold(entity: Entity, batch: Batch, numeric: list[str]) -> tuple[Floats, Any]:
+def _fold(entity: Entity, batch: Batch, numeric: list[str]) -> tuple[Floats, Any, Latest]:
     codes: dict[Any, int] = {None: -1}
     slots = np.array([codes.setdefault(k, len(codes) - 1) for k in batch.keys], np.int64)
     columns = np.array([numeric.index(v) for v in entity.values], np.int64)
     values = np.ascontiguousarray(batch.fields[:, columns])
-    return fold_entity(entity, slots, batch.kinds, batch.times, batch.ids, values, batch.labels)
+    arena = arena_for(entity, slots)
+    features, outcomes = arena.fold(slots, batch.kinds, batch.times, batch.ids, values, batch.labels)
+    del codes[None]
+    newest = arena.newest(np.arange(len(codes)))
+    used = np.flatnonzero(newest != NULL)  # a label that came before any event has made no values yet
+    keys = [key_bytes(k) for k in codes]
+    latest = Latest(entity, [keys[i] for i in used.tolist()], newest[used], arena.read_at(used, newest[used]))
+    return features, outcomes, latest
 
 
 async def _read(address: str, topic: str) -> tuple[list[Any], Ints, Ints]:

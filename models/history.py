@@ -59,10 +59,15 @@ def fold_entity(
     entity: Entity, codes: Ints, kinds: Bytes, times: Ints, ids: Ints, values: Ints, labels: Bytes
 ) -> tuple[Floats, Bytes]:
     """Features and outcomes of one entity's records in this order. codes: keys as in History."""
+    return arena_for(entity, codes).fold(codes, kinds, times, ids, values, labels)
+
+
+def arena_for(entity: Entity, codes: Ints) -> Arena:
+    """An arena with an empty profile for each of these keys, whose slots are the codes."""
     arena = Arena(entity.plan)
     for _ in range(int(codes.max(initial=-1)) + 1):
         arena.new()
-    return arena.fold(codes, kinds, times, ids, values, labels)
+    return arena
 
 
 def vectors_of(pipeline: Pipeline, history: History) -> Floats:

@@ -29,6 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
         "HEADRACE_MODELS_ROOT": str(root / "models"),
         "HEADRACE_PIPELINES": str(PIPELINES),
         "HEADRACE_PARTITIONS": "4",
+        "HEADRACE_ALIGNMENT_S": "21600",  # tests replay days in seconds
         "HEADRACE_KAFKA_PORT": "29092",
         "HEADRACE_REDIS_PORT": "26379",
     }

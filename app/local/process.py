@@ -128,9 +128,7 @@ class Server:
             if not _gone(family, patience):
                 if running.pid in _alive(family):
                     family |= _family(running.pid)  # what it started since
-                for pid in _alive(family):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                _kill(family)
         except PermissionError:
             raise ServiceFailed(
                 self.label,
@@ -144,6 +142,25 @@ class Server:
             subprocess.run(running.cleanup, capture_output=True, check=False, timeout=KILL_WITHIN)
         self._state.unlink(missing_ok=True)
         return True
+
+    def kill(self) -> None:
+        """End the process and its children as a crash would, without a word to them."""
+        running = self.running()
+        if running is None:
+            return
+        if running.cleanup:  # Docker's client stands for the server, which its end would not end
+            subprocess.run(running.cleanup, capture_output=True, check=False, timeout=KILL_WITHIN)
+        family = _family(running.pid)
+        _kill(family)
+        if not _gone(family, KILL_WITHIN):
+            raise ServiceFailed(self.label, f"cannot be ended: processes {_alive(family)} ignore a kill.")
+        self._state.unlink(missing_ok=True)
+
+
+def _kill(family: Mapping[int, str]) -> None:
+    for pid in _alive(family):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def identity(user: str | None) -> dict[str, Any]:

@@ -144,6 +144,13 @@ def down(
         _side_by_side(lambda service: _down(service, settings, progress, remove_data), _choose(only))
 
 
+def kill(settings: Settings, name: str) -> None:
+    """End a service that runs under the data root as a crash would. `up` starts it again."""
+    with _locked(settings.data_root):
+        for service in _choose([name]):
+            service.server(settings).kill()
+
+
 def status(settings: Settings) -> list[ServiceStatus]:
     """How each service is now. A configured one is not asked: it may be a cluster, or need credentials."""
     return [_status(service, settings) for service in SERVICES]
