@@ -104,8 +104,12 @@ def test_a_table_is_uploaded_once(
     assert tables(seen) == 2
     seen.clear()
     advance(store, 7)
+    read: list[Path] = []
+    real = module._sum_of_path
+    monkeypatch.setattr(module, "_sum_of_path", lambda path: (read.append(path), real(path))[1])
     place.take(store, 0)
     assert tables(seen) == 1
+    assert sum(path.suffix == ".sst" for path in read) == 1, "nor is it read again"
     # and by the next owner neither, whose store is a clone
     store.close()
     clone = homes.open_store(tmp_path / "owner", "d1")

@@ -42,7 +42,9 @@ def test_each_owner_has_a_directory_and_all_that_was_there(tmp_path: Path) -> No
     assert (store.position, store.get(b"a"), store.get(b"b")) == (9, b"5 of a", b"9 of b")
 
 
-def test_an_owner_that_wrote_nothing_leaves_what_was_there(tmp_path: Path) -> None:
+def test_an_owner_that_wrote_nothing_leaves_what_was_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     written(tmp_path, 5, b"a")
     for damage in ("no CURRENT", "empty"):
         if damage == "empty":
@@ -52,6 +54,7 @@ def test_an_owner_that_wrote_nothing_leaves_what_was_there(tmp_path: Path) -> No
         store = homes.open_store(tmp_path, "d1")
         assert store.position == 5, damage
         store.close()
+    assert caplog.messages == [], "nothing is lost"
 
 
 @pytest.mark.timeout(120)
