@@ -20,6 +20,11 @@ PROFILES: _Family = ("headrace_profiles", "Profiles in memory", ["entity"])
 PROFILE_BYTES: _Family = ("headrace_profile_bytes", "Memory of profiles, in bytes", ["entity"])
 LOADED: _Family = ("headrace_profiles_loaded", "Profiles read from a store", ["entity"])
 EVICTED: _Family = ("headrace_profiles_evicted", "Profiles let go from memory to make room", ["entity"])
+ORDER_SKEW: _Family = (
+    "headrace_order_skew_seconds",
+    "How far, in event time, those who write an entity's log were apart at most since the start",
+    ["entity"],
+)
 POSITION: _Family = (
     "headrace_position",
     "Next offset of a log that is not yet flushed",
@@ -35,6 +40,11 @@ PREDICTIONS: _Family = ("headrace_predictions", "Predictions sent to Kafka", [])
 LABELS: _Family = ("headrace_labels_routed", "Labels written to the entities' logs", [])
 DEAD_LETTERS: _Family = ("headrace_dead_letters", "Records sent to the dead letters", [])
 MIRRORED: _Family = ("headrace_mirrored", "Profiles written to the mirror", [])
+MIRROR_REBUILDING: _Family = (
+    "headrace_mirror_rebuilding",
+    "Partitions whose profiles are written to the mirror anew",
+    [],
+)
 MIRROR_UP: _Family = ("headrace_mirror_up", "1 while Redis takes the mirror", [])
 CHECKPOINT_POSITION: _Family = (
     "headrace_checkpoint_position", "Position of a partition's last checkpoint", ["entity", "partition"],
@@ -55,7 +65,9 @@ class WorkerCollector(Collector):
         records, profiles = CounterMetricFamily(*_of(RECORDS)), GaugeMetricFamily(*_of(PROFILES))
         sizes, positions = GaugeMetricFamily(*_of(PROFILE_BYTES)), GaugeMetricFamily(*_of(POSITION))
         loaded, evicted = CounterMetricFamily(*_of(LOADED)), CounterMetricFamily(*_of(EVICTED))
+        skews = GaugeMetricFamily(*_of(ORDER_SKEW))
         for stage in worker.stages:
+            skews.add_metric([stage.entity.name], stage.order_skew / 1000)
             for outcome, count in stage.counts.items():
                 records.add_metric([stage.entity.name, outcome], count)
             profiles.add_metric([stage.entity.name], stage.size)
@@ -70,13 +82,14 @@ class WorkerCollector(Collector):
         card = worker.model.card
         model = GaugeMetricFamily(*_of(MODEL))
         model.add_metric([card.pipeline, card.version, card.definition], 1)
-        yield from (records, profiles, sizes, loaded, evicted, positions, held, model)
+        yield from (records, profiles, sizes, loaded, evicted, skews, positions, held, model)
         yield CounterMetricFamily(*REBALANCES[:2], value=worker.partitions.rebalances)
         yield CounterMetricFamily(*PREDICTIONS[:2], value=worker.score.predicted)
         yield CounterMetricFamily(*LABELS[:2], value=worker.route.routed if worker.route else 0)
         yield CounterMetricFamily(*DEAD_LETTERS[:2], value=worker.dead_letters)
         yield CounterMetricFamily(*MIRRORED[:2], value=worker.mirror.written)
         yield GaugeMetricFamily(*MIRROR_UP[:2], value=worker.mirror.failing is None)
+        yield GaugeMetricFamily(*MIRROR_REBUILDING[:2], value=worker.mirror.rebuilding)
         if worker.checkpoint is not None:
             checkpointed, ages = (
                 GaugeMetricFamily(*_of(CHECKPOINT_POSITION)), GaugeMetricFamily(*_of(CHECKPOINT_AGE)),

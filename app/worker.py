@@ -52,6 +52,7 @@ from tables.store import Store
 POLL_RECORDS = 4000  # of all topics in one poll at most: some 40 ms of work
 QUEUED_POLLS = 2  # decoded work never waits long behind a rebalance
 HAND_OVER_S = 10.0  # for a flush of what was folded; the group waits somewhat longer
+MIRROR_S = 2.0  # for what the mirror has yet to take then
 STOP_S = 30.0
 TAKE_S = 600.0  # a checkpoint of some GB is restored by then; who hangs for longer is better started anew
 
@@ -170,6 +171,8 @@ class Partitions:
         self.held = set()
         await worker.flush.once()
         await worker.flush.durable()
+        with contextlib.suppress(Exception):  # Redis may be away; the next owner writes it
+            await asyncio.wait_for(worker.mirror.once(), MIRROR_S)
         for stage in worker.stages:
             for partition in stage.partitions:
                 stage.close(partition)
@@ -329,8 +332,6 @@ class Worker:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.partitions.release()
-        with contextlib.suppress(Exception):  # Redis may be away; the next owner writes it
-            await asyncio.wait_for(self.mirror.once(), 2)
         if self._web is not None:
             await self._web.cleanup()
         await self._mirror.close()
@@ -406,6 +407,8 @@ class Worker:
             return "The worker holds no partitions yet; it waits for Kafka to assign some."
         if self.mirror.failing is not None:
             return f"Redis does not take the mirror ({self.mirror.failing}); the stream goes on."
+        if self.mirror.rebuilding:
+            return f"The mirror of {self.mirror.rebuilding} partitions is written anew; the stream goes on."
         return None
 
 

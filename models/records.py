@@ -161,6 +161,20 @@ def chain(partitions: Ints, targets: Ints, offsets: Ints, sent: Ints) -> Ints:
     return previous
 
 
+@jit
+def skew(logs: Ints, sources: Ints, clocks: Ints, reached: Ints) -> int:
+    """How far, at most, a record's source is behind the one that is farthest in its log, ms; 0 at least.
+
+    logs, sources, clocks: (n,) in log order; reached: (logs, sources) times, NULL where none, which follow.
+    """
+    most = 0
+    for i in range(len(clocks)):
+        own = reached[logs[i]]
+        own[sources[i]] = max(own[sources[i]], clocks[i])
+        most = max(most, own.max() - own[sources[i]])
+    return most
+
+
 # What `fresh` makes of a record: seen before, news, or behind one that is missing.
 SEEN, NEWS, GAP = 0, 1, 2
 NEVER = -1  # in `seen`: nothing has come of this source

@@ -4,12 +4,15 @@
                                         _degraded (1 where they lack what retention has cut), and
                                         a field per feature; "null" where it has no value
 
+    headrace:<pipeline>:_mirrored:<entity>:<partition>   definition and log position up to which that is so
+
 Many profiles go in one script call, which also keeps an old owner from overwriting: an offset below
 the stored one changes nothing, unless another definition wrote it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +99,25 @@ class Mirror:
             found.get(b"_degraded") == b"1",
             {name: msgspec.json.decode(found.get(name.encode(), b"null")) for name in entity.features},
         )
+
+    async def marks(self, entity: Entity, partitions: Sequence[int]) -> list[int | None]:
+        """Up to which position each partition is mirrored; None where nothing says so."""
+        found: Any = await self._client.mget([self._mark(entity, p) for p in partitions])
+        return [self._position(value) for value in found]
+
+    async def mark(self, entity: Entity, positions: Mapping[int, int]) -> list[int | None]:
+        """Say up to which position each partition is mirrored. Returns what was said before."""
+        async with self._client.pipeline(transaction=False) as pipe:
+            for partition, position in positions.items():
+                pipe.set(self._mark(entity, partition), f"{self._definition} {position}", get=True)
+            return [self._position(value) for value in await pipe.execute()]
+
+    def _mark(self, entity: Entity, partition: int) -> str:
+        return f"{self._prefix}_mirrored:{entity.name}:{partition}"
+
+    def _position(self, mark: bytes | None) -> int | None:
+        definition, _, position = (mark or b"").decode().partition(" ")
+        return int(position) if definition == self._definition else None
 
     async def clear(self) -> None:
         """Forget all of this pipeline's profiles."""

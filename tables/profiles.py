@@ -20,7 +20,7 @@ import numpy.typing as npt
 from models.events import Batch, Decoded, Reason, key_bytes
 from models.partitions import partitions_of
 from models.pipeline import Entity
-from models.records import GAP, NEVER, NEWS, SEEN, chain, fresh, in_step, loosened
+from models.records import FROM_STAGE, GAP, NEVER, NEWS, SEEN, chain, fresh, in_step, loosened, skew
 from models.windows import LABEL_EARLY, NULL, OUTCOMES, Arena, Bytes, Floats, Ints, lengthen, step
 from tables.store import Progress, Snapshot, Store, StoreError
 
@@ -127,10 +127,13 @@ class Profiles:
         self._slots: dict[Any, int] = {None: _NO_SLOT}
         self._stores: dict[int, Store] = {}
         self._positions: dict[int, int] = {}
+        self.starts: dict[int, int] = {}  # where each was when it was taken over
         # Records of each partition since its last snapshot; at least as many as profiles that changed.
         self._moved: dict[int, int] = {}
         self._seen: Ints = np.full((partitions, 2 * partitions), NEVER, np.int64)
         self._sent: Ints = np.full((partitions, targets), NEVER, np.int64)
+        self._reached: Ints = np.full((partitions, 2 * partitions), NULL, np.int64)
+        self.order_skew = 0  # how far writers of a log were apart at most, ms of event time
         self._clock: Ints = np.full(partitions, NULL, np.int64)
         self._degraded_until: Ints = np.full(partitions, NULL, np.int64)
         self._reach = int(entity.plan.bounds.max(initial=0))
@@ -161,6 +164,7 @@ class Profiles:
         partitions_of([b"0"], one, 1)
         fresh(one, one, one, one, np.zeros((1, 1), np.int64))
         chain(one, one, one, np.zeros((1, 1), np.int64))
+        skew(one, one, one, np.zeros((1, 1), np.int64))
         in_step(one, one)
 
     # --- partitions ----------------------------------------------------------------------------
@@ -173,6 +177,7 @@ class Profiles:
         store = self._stores[partition] = self._open_store(partition, at_most)
         progress = store.progress or Progress(0)
         self._seen[partition] = self._sent[partition] = NEVER
+        self._reached[partition] = NULL
         for source, offset in progress.seen.items():
             self._seen[partition, source] = offset
         for target, offset in progress.sent.items():
@@ -186,7 +191,7 @@ class Profiles:
         cut: the log has lost records before it that were not applied. What is missing is told when
         the next one comes, and values are marked as degraded until the longest window has passed.
         """
-        self._positions[partition] = position
+        self._positions[partition] = self.starts[partition] = position
         if cut:
             self._seen[partition] = loosened(self._seen[partition])
             self._degraded_until[partition] = _FOR_NOW
@@ -277,6 +282,7 @@ class Profiles:
                 batch, logs, offsets = batch.where(news), logs[news], offsets[news]
             if self.gaps:
                 self._forget_gaps()
+            self._note_skew(batch, logs)
         slots = self._slots_of(batch.keys, logs)
         if self._partition_of is not None:
             at_home = self._at_home(slots, logs)
@@ -316,6 +322,12 @@ class Profiles:
         for i in np.flatnonzero(gap).tolist():
             log_, source = int(logs[i]), int(batch.sources[i])
             self.gaps.setdefault((log_, source), int(self._seen[log_, source]))
+
+    def _note_skew(self, batch: Batch, logs: Ints) -> None:
+        assert batch.sources is not None
+        events = batch.sources % 2 == FROM_STAGE
+        found = skew(logs[events], batch.sources[events], batch.clocks[events], self._reached)
+        self.order_skew = max(self.order_skew, int(found))
 
     def _forget_gaps(self) -> None:
         self.gaps = {at: highest for at, highest in self.gaps.items() if self._seen[at] == highest}
@@ -507,6 +519,17 @@ class Profiles:
             self._offset[slots],
             self._partition[slots],
         )
+
+    def owe(self, partition: int, after: bytes, most: int) -> bytes | None:
+        """Give out again what is stored of a partition, behind this key: the key to go on behind, None at the end.
+
+        What changed since it was stored is to be given out anyway, and stands farther on in the log.
+        """
+        store = self._stores[partition]
+        keys = store.keys(after, most)
+        offset = (store.position or 0) - 1
+        self._owed.update((key, (partition, offset)) for key in keys if key not in self._owed)
+        return keys[-1] if keys else None
 
     def _owed_to_the_mirror(self, most: int) -> Touched:
         """Likewise of evicted ones: they are in memory for as long as it takes to read them."""

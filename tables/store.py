@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -196,6 +197,11 @@ class Store:
         """The packed profile of an entity."""
         value: bytes | None = self._db.get(_PROFILE + key)
         return value
+
+    def keys(self, after: bytes, most: int) -> list[bytes]:
+        """Up to `most` of the entities that are stored, in order, behind this one."""
+        behind = self._db.keys(from_key=_PROFILE + after + b"\x00")
+        return [key[len(_PROFILE) :] for key in islice(behind, most)]
 
     def write(self, snapshot: Snapshot) -> None:
         """Profiles and progress in one step. Not yet on disk: see `flush`."""

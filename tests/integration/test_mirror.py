@@ -3,15 +3,22 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from agents.mirror import MirrorAgent
 from app.local.services import Addresses
+from models.events import EventDecoder
 from models.pipeline import Pipeline, find
 from tables.mirror import Mirror, connect
-from tables.profiles import Touched
+from tables.profiles import Profiles, Touched
+from tables.store import Store
 from tests.conftest import PIPELINES
+from tests.fixtures.logs import Fetched, order
+from tests.fixtures.pipelines import shop
 
 pytestmark = pytest.mark.integration
 
@@ -33,7 +40,15 @@ def touched(keys: list[bytes], value: float, offset: int, time: int = 1000) -> T
     """Profiles of the entity `tailnum`, which has two features."""
     n = len(keys)
     features = np.column_stack([np.full(n, value), np.full(n, math.nan)])
-    return Touched(np.arange(n), keys, features, np.full(n, time), np.full(n, offset), np.zeros(n, np.bool_))
+    return Touched(
+        np.arange(n),
+        keys,
+        features,
+        np.full(n, time),
+        np.full(n, offset),
+        np.zeros(n, np.bool_),
+        np.zeros(n, np.int64),
+    )
 
 
 async def test_values_are_read_back_to_the_bit(mirror: Mirror) -> None:
@@ -78,3 +93,98 @@ async def test_clear_leaves_other_pipelines_alone(addresses: Addresses, mirror: 
     await other.clear()
     await other.close()
     await asyncio.sleep(0)
+
+
+# --- written anew --------------------------------------------------------------------------------
+
+
+class Bench:
+    """The first stage of the small pipeline over a real store, mirrored to the real Redis."""
+
+    def __init__(self, path: Path, client: Any) -> None:
+        self.pipeline = shop()
+        self.entity = self.pipeline.entities[0]
+        decoder = EventDecoder(self.pipeline)
+        self.mirror = Mirror(client, self.pipeline)
+        self._path, self._decode = path, lambda values, keys, sent: decoder.decode(values, sent)
+        self._offset = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """A new owner of the store."""
+        self.profiles = Profiles(
+            self.entity, self._decode, lambda p, at_most: Store(self._path, self.pipeline.definition), 1,
+            [f.name for f in self.pipeline.stream.numeric],
+        )  # fmt: skip
+        self.profiles.start_at(0, self.profiles.open(0) or 0)
+        self.agent = MirrorAgent([self.profiles], self.mirror)
+
+    def fold(self, *customers: int) -> None:
+        values = [order(self._offset + i, CUSTOMER=c) for i, c in enumerate(customers)]
+        records = [Fetched(self._offset + i, v, b"", 2**41) for i, v in enumerate(values)]
+        self._offset += len(records)
+        self.profiles.apply([(0, records)])
+
+    def flush(self) -> None:
+        for snapshot in self.profiles.snapshots():
+            self.profiles.write(snapshot)
+
+    async def counts(self, *customers: int) -> list[float | None]:
+        name = self.entity.features[0]
+        found = [await self.mirror.fetch(self.entity, str(c)) for c in customers]
+        return [None if f is None else f.features[name] for f in found]
+
+    async def settled(self) -> None:
+        async with asyncio.timeout(20):
+            await self.agent.once()
+            while self.agent.rebuilding:
+                await self.agent.once()
+
+
+@pytest.fixture
+async def bench(addresses: Addresses, tmp_path: Path) -> AsyncIterator[Bench]:
+    bench = Bench(tmp_path / "store", connect(addresses.redis_url))
+    await bench.mirror.clear()
+    yield bench
+    await bench.mirror.clear()
+    await bench.mirror.close()
+
+
+async def test_what_redis_has_lost_is_written_anew_also_of_profiles_that_are_on_disk_only(
+    bench: Bench,
+) -> None:
+    many = range(100, 700)  # more than go in one call
+    bench.fold(1, 1, 2, *many)
+    bench.flush()
+    await bench.settled()
+    assert sum(bench.profiles.sweep(True)) > 0, "evicted"
+    assert bench.profiles.size == 0
+    bench.fold(2, 3)
+    await bench.mirror.clear()
+    bench.agent._looked = 0.0
+    await bench.agent.once()
+    assert bench.agent.rebuilding == 1
+    await bench.settled()
+    assert await bench.counts(1, 2, 3, *many) == [2, 2, 1, *[1] * len(many)]
+
+
+async def test_what_an_owner_flushed_and_had_not_mirrored_its_successor_writes(bench: Bench) -> None:
+    bench.fold(1)
+    bench.flush()
+    await bench.settled()
+    bench.fold(1, 2)
+    bench.flush()
+    bench.profiles.close(0)  # it died here
+    bench.begin()
+    await bench.settled()
+    assert await bench.counts(1, 2) == [2, 1]
+
+
+async def test_a_successor_of_an_owner_that_mirrored_all_writes_nothing(bench: Bench) -> None:
+    bench.fold(1, 2)
+    bench.flush()
+    await bench.settled()
+    bench.profiles.close(0)
+    bench.begin()
+    await bench.settled()
+    assert bench.agent.written == 0

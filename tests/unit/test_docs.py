@@ -98,7 +98,7 @@ def worker_metrics() -> dict[str, set[str]]:
     """Names and labels of a worker's metrics."""
     pipeline = find("card-fraud", PIPELINES)
     counted = SimpleNamespace(
-        entity=pipeline.entities[0], counts={"folded": 1}, size=0, nbytes=0, loaded=0, evicted=0
+        entity=pipeline.entities[0], counts={"folded": 1}, size=0, nbytes=0, loaded=0, evicted=0, order_skew=0
     )
     worker: Any = SimpleNamespace(
         stages=[counted],
@@ -107,7 +107,7 @@ def worker_metrics() -> dict[str, set[str]]:
         score=SimpleNamespace(predicted=0),
         route=SimpleNamespace(routed=0),
         dead_letters=0,
-        mirror=SimpleNamespace(written=0, failing=None),
+        mirror=SimpleNamespace(written=0, failing=None, rebuilding=0),
         checkpoint=SimpleNamespace(
             taken=[SimpleNamespace(entity="", partition=0, position=1, created_at=0)], failures=0
         ),
