@@ -315,7 +315,7 @@ def outages(
     load did. Of a fault it is the longest gap in any partition that begins with it, or after it and before the next
     fault, less the usual gap. A gap that had lasted OUT_S by then is of the fault before.
 
-    >>> outages([("kill", 10.0)], {0: [1.0, 9.0, 10.0, 17.0, 18.0]}, 18.0)
+    >>> outages([("kill", 10.0)], {0: [7.0, 8.0, 9.0, 10.0, 17.0, 18.0]}, 18.0)
     {'kill': {'n': 1, 'median': 6.0, 'max': 6.0}}
     """
     begins, ends = _gaps(arrivals, ended)
@@ -323,7 +323,8 @@ def outages(
     found: dict[str, list[float]] = {}
     for number, (kind, at) in enumerate(done):
         following = done[number + 1][1] if number + 1 < len(done) else ended
-        mine = (ends > at) & (begins > at - OUT_S) & (begins < following)
+        before_next = (begins <= following - OUT_S) | (ends <= following)
+        mine = (ends > at) & (begins > at - OUT_S) & before_next
         length = (ends[mine] - np.maximum(begins[mine], at)).max(initial=0.0)
         found.setdefault(kind, []).append(max(0.0, float(length) - usual))
     return {

@@ -156,9 +156,11 @@ def test_there_are_two_to_four_workers_at_all_times(seed: int) -> None:
 def test_a_gap_is_of_the_fault_that_it_begins_with() -> None:
     quiet = [t / 10 for t in range(1000)]
     came = [t for t in quiet if not 20 < t < 32.05]
-    found = outages([("kill", 20.0), ("pause", 30.0), ("wipe", 60.0)], {0: came, 1: quiet}, 100.0)
-    assert found["kill"] == {"n": 1, "median": 12.0, "max": 12.0}
-    assert found["pause"]["max"] == found["wipe"]["max"] == 0.0
+    found = outages(
+        [("add", 12.0), ("kill", 20.05), ("pause", 30.0), ("wipe", 60.0)], {0: came, 1: quiet}, 100.0
+    )
+    assert found["kill"] == {"n": 1, "median": 11.95, "max": 11.95}
+    assert found["add"]["max"] == found["pause"]["max"] == found["wipe"]["max"] == 0.0
 
 
 # --- the load ----------------------------------------------------------------------------------
