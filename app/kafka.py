@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -29,8 +30,36 @@ BATCH_BYTES = 512 * 1024
 TAIL = 64  # of a partition's last records, among which its highest origin stands
 FARTHEST = TAIL * 32**3  # what lies behind so many markers is not looked for
 
+SELDOM_S = 30.0  # between two records of the same text while a broker is away
+
+
+class _Seldom(logging.Filter):
+    """Of what a client says at every attempt, some thirty lines a second, lets one through now and then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[object, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        if now - self._said.get(record.msg, -SELDOM_S) < SELDOM_S:
+            return False
+        self._said[record.msg] = now
+        return True
+
+
 # aiokafka builds debug records that nobody shows: an eighth of a busy worker's time.
 logging.getLogger("aiokafka").setLevel(logging.WARNING)
+_seldom = _Seldom()
+for _name in (
+    "",
+    ".conn",
+    ".cluster",
+    ".producer.sender",
+    ".consumer.fetcher",
+    ".consumer.group_coordinator",
+):
+    logging.getLogger(f"aiokafka{_name}").addFilter(_seldom)
 
 
 class BrokerUnreachable(HeadraceError):

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import faust
 import uvloop
+from aiokafka.errors import KafkaError
 from faust.types import TP
 
 from agents.checkpoint import CheckpointAgent
@@ -491,6 +492,10 @@ def stop_at_once(error: BaseException) -> NoReturn:
     """
     if isinstance(error, HeadraceError):
         say(str(error))
+    elif isinstance(error, KafkaError):
+        say(
+            f"Kafka did not do what was asked ({error!r}). Started again, this worker goes on from its stores."
+        )
     else:
         log.critical("The worker stops: %s", error or type(error).__name__, exc_info=error)
     os._exit(1)
