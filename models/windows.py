@@ -51,6 +51,7 @@ _CLASSES = 40  # chunks of up to 4 * 2**39 rows
 _TOP, _IN_USE = _CLASSES, _CLASSES + 1  # of the heap, behind the free chunks of each class
 _STEP = 16  # arrays grow by a sixteenth, and gaps are closed where that gives as much
 _DOUBLE = 4096  # lines up to which they double, some 200 KiB
+_RESERVE = 2**24  # lines for which a large array has addresses from the first, a gigabyte at most
 
 # Columns of the profiles' table: the chunk and its class, the first row in use (it moves up as old
 # rows are forgotten), how many rows, the newest event time; the chunk of labels that wait for events.
@@ -128,7 +129,7 @@ class Arena:
             slot = self._slots
             self._slots += 1
             if slot == len(self._table):
-                lengthen(self._table, step(slot))
+                self._table = lengthen(self._table, step(slot))
         self._table[slot] = _EMPTY
         return slot
 
@@ -137,9 +138,9 @@ class Arena:
         _release(self._rows, self._table, self._heap, slots)
         self._free.extend(slots.tolist())
         in_use, rows = int(self._heap[_IN_USE]), len(self._rows)
-        if rows > _DOUBLE and in_use < rows * 5 // 8:
+        if rows > 2 * _DOUBLE and in_use < rows // 2:
             self.close_gaps()
-            lengthen(self._rows, max(in_use + in_use // _STEP, _DOUBLE) - rows)
+            self._rows = lengthen(self._rows[:in_use].copy(), in_use // _STEP + _DOUBLE)
 
     def fold(
         self, slots: Ints, kinds: Bytes, times: Ints, ids: Ints, values: Ints, labels: Bytes
@@ -210,7 +211,7 @@ class Arena:
         if rows > _DOUBLE and self._heap[_TOP] - self._heap[_IN_USE] >= rows // _STEP:
             self.close_gaps()
         else:
-            lengthen(self._rows, step(rows))
+            self._rows = lengthen(self._rows, step(rows))
 
     def close_gaps(self) -> None:
         """Move all chunks to the front: free ones of one class are of no use to another."""
@@ -226,9 +227,19 @@ def step(lines: int) -> int:
     return min(lines, max(lines // _STEP, _DOUBLE))
 
 
-def lengthen(array: npt.NDArray[Any], more: int) -> None:
-    """Add so many lines of zeros, in place: the system moves large arrays without a copy. Hold no view of it."""
-    array.resize((len(array) + more, *array.shape[1:]), refcheck=False)
+def lengthen(array: npt.NDArray[Any], more: int) -> npt.NDArray[Any]:
+    """The array with so many lines of zeros behind it.
+
+    A large one lies in a reserve of addresses, which the system backs with memory page by page, and huge pages,
+    as lines come into use: so nothing is copied, and no second copy stands beside the first.
+    """
+    lines = len(array) + more
+    reserve: npt.NDArray[Any] = array if array.base is None else array.base
+    if len(reserve) < lines:
+        least = lines if lines <= _DOUBLE else max(_RESERVE, 2 * lines)
+        reserve = np.zeros((least, *array.shape[1:]), array.dtype)
+        reserve[: len(array)] = array
+    return reserve[:lines]
 
 
 # ---------------------------------------------------------------------------------------------

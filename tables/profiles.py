@@ -26,7 +26,7 @@ from tables.store import Progress, Snapshot, Store, StoreError
 
 # One RocksDB write holds the interpreter for as long as it takes: one or two microseconds for a profile,
 # more for a long one. With these bounds and those of a poll it stays below 5 ms.
-MOST_CHANGED = 1500  # profiles of a partition
+MOST_CHANGED = 1250  # profiles of a partition
 MOST_CHANGED_BYTES = 8 * 2**20  # of memory, by the mean of all profiles; half of it is written
 FEW = 100  # profiles that are written together whatever their size
 SWEEP = 2048  # slots that one step of an eviction looks at: under a millisecond
@@ -398,8 +398,8 @@ class Profiles:
 
     def _widen(self) -> None:
         slots = len(self._partition)
-        for array in (self._partition, self._offset, self._dirty, self._stale, self._recent):
-            lengthen(array, step(slots))
+        for name in ("_partition", "_offset", "_dirty", "_stale", "_recent"):
+            setattr(self, name, lengthen(getattr(self, name), step(slots)))
         self._partition[slots:] = -1
 
     def _forget(self, slots: Ints) -> None:

@@ -178,6 +178,7 @@ async def test_consumption_waits_while_more_has_changed_than_one_write_should_ho
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MOST_CHANGED", 10)
+    monkeypatch.setattr(module, "FEW", 10)
     bench.profiles.apply([(0, [payment(i, customer=i % 10) for i in range(30)])])
     await bench.flush.room()
     assert bench.committed == []  # thirty records, but ten profiles
