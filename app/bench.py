@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from app import demo, history, kafka, lifecycle, replay, session
+from app import demo, history, kafka, lifecycle, replay, session, verify
 from app.datasets.cards import write_cards
 from app.local import services
 from app.settings import Settings
@@ -77,9 +77,7 @@ def _run(
 def _prepare(settings: Settings, pipeline: Pipeline, events: int, report: Report) -> replay.Tape:
     """Data and a model. The last `events` of the file are the load."""
     if pipeline.name == "card-fraud":
-        file = settings.data_root / "bench" / "cards.parquet"
-        if not file.exists():
-            write_cards(file, days=DAYS)
+        file = _city(settings)
     else:
         story = demo.STORIES.get(pipeline.name)
         if story is None:
@@ -95,6 +93,14 @@ def _prepare(settings: Settings, pipeline: Pipeline, events: int, report: Report
         raise HeadraceError(f"{file} has {len(times):,} events; ask for fewer than {events:,}.")
     start = np.datetime64(int(times[len(times) - events]), "ms")
     return replay.tape(file, pipeline, str(start))
+
+
+def _city(settings: Settings) -> Path:
+    """The default city's payments, made once."""
+    file = settings.data_root / "bench" / "cards.parquet"
+    if not file.exists():
+        write_cards(file, days=DAYS)
+    return file
 
 
 async def _throughput(load: _Load) -> dict[str, Any]:
@@ -132,6 +138,74 @@ async def _throughput(load: _Load) -> dict[str, Any]:
         "events_per_s": round(scored / seconds, 1),
         "rss_mib": round(peak / 2**20, 1),
         "seconds": round(seconds, 2),
+    }
+
+
+def catchup(
+    settings: Settings, name: str, customers: int, days: int, late: float, alignment: float
+) -> dict[str, Any]:
+    """A backlog of so many days, caught up by two workers of which one starts late: in step, and not.
+
+    alignment, late: seconds, of event time and of the clock. The lead is how far an event's log was
+    ahead of it when it came, at most: by those who write it, whose own lateness does not count.
+    """
+    console = Console(stderr=True)
+
+    def report(text: str) -> None:
+        console.print(f"  {text}", highlight=False)
+
+    settings = session.with_own_models(settings, "bench")
+    pipeline = find(name, settings.pipelines, f"{name}-bench")
+    file = settings.data_root / "bench" / f"cards-{customers}-{days}.parquet"
+    if not file.exists():
+        report(f"making {file}")
+        write_cards(file, customers=customers, terminals=2 * customers, days=days)
+    with session.running_services(settings, lambda s, e: report(f"{s}: {e}")) as addresses:
+        lifecycle.ensure(pipeline, _city(settings), settings.models_root, report)
+        load = _Load(settings, pipeline, replay.tape(file, pipeline), addresses, report)
+        runs = {
+            way: asyncio.run(_catchup(load, late, seconds))
+            for way, seconds in (("in_step", alignment), ("out_of_step", 0.0))
+        }
+    return {
+        "bench": "catchup",
+        "pipeline": pipeline.name,
+        "events": load.tape.events,
+        "days": days,
+        "partitions": settings.partitions,
+        "late_s": late,
+        "alignment_s": alignment,
+        **{f"{figure}_{way}": value for way, run in runs.items() for figure, value in run.items()},
+        "throughput_ratio": round(runs["in_step"]["events_per_s"] / runs["out_of_step"]["events_per_s"], 3),
+    }
+
+
+async def _catchup(load: _Load, late: float, alignment: float) -> dict[str, Any]:
+    pipeline, address, tape = load.pipeline, load.addresses.kafka, load.tape
+    settings = load.settings.model_copy(update={"alignment_s": alignment})
+    await session.fresh(settings, pipeline, load.addresses)
+    load.report(f"publishing a backlog of {tape.events:,} events")
+    await replay.publish(tape, pipeline, address, None)
+    workers = [session.Process(settings, pipeline, "worker", n) for n in (1, 2)]
+    reader = session.Predictions(address, pipeline.predictions)
+    try:
+        async with reader.reading():
+            workers[0].start()
+            await workers[0].ready()
+            began = time.time()
+            await asyncio.sleep(late)
+            alone = len(reader.ids)
+            load.report(f"{alone:,} predictions when the second worker starts")
+            workers[1].start()
+            await reader.until(tape.events, workers[0].check)
+    finally:
+        for worker in workers:
+            worker.stop()
+    return {
+        "predictions": len(reader.ids),
+        "alone": alone,
+        "events_per_s": round(len(reader.ids) / (max(reader.arrived) - began), 1),
+        "lead_s": (await verify.lead(pipeline, address)) / 1000,
     }
 
 

@@ -653,6 +653,22 @@ def bench_throughput(name: str, events: int, as_json: bool) -> None:
     _bench_result(benches.throughput(_settings(), name, events), as_json)
 
 
+@bench.command("catchup", epilog="Example: headrace bench catchup --customers 20000 --late 60 --json")
+@click.option("--pipeline", "-p", "name", default="card-fraud", show_default=True, metavar="NAME")
+@click.option("--customers", default=5000, show_default=True, help="Of the city: 1.9 payments a day each.")
+@click.option("--days", default=30, show_default=True, help="How long the backlog is, in event time.")
+@click.option("--late", default=15.0, show_default=True, help="Seconds until the second worker starts.")
+@click.option(
+    "--alignment", default=21600.0, show_default=True, help="HEADRACE_ALIGNMENT_S of the run in step."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON line.")
+def bench_catchup(name: str, customers: int, days: int, late: float, alignment: float, as_json: bool) -> None:
+    """Two workers, one of them late, catch a backlog up: in step, and not."""
+    from app import bench as benches
+
+    _bench_result(benches.catchup(_settings(), name, customers, days, late, alignment), as_json)
+
+
 @bench.command("latency", epilog="Example: headrace bench latency --rate 2000 --json")
 @click.option("--pipeline", "-p", "name", default="card-fraud", show_default=True, metavar="NAME")
 @click.option("--rate", default=2000.0, show_default=True, help="Events a second, sent whatever comes back.")

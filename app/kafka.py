@@ -136,6 +136,9 @@ async def create_topics(address: str, pipeline: Pipeline, partitions: int, repli
                 error = for_code(code)
                 if code and error is not TopicAlreadyExistsError:
                     raise TopicsWrong(f"Kafka did not create {topic}: {rest[0] if rest else error.__name__}.")
+            async with asyncio.timeout(30):
+                while not {t.name for t in new} <= set(await client.list_topics()):  # noqa: ASYNC110 - as below
+                    await asyncio.sleep(0.1)
     return [t.name for t in new]
 
 

@@ -18,7 +18,7 @@ from models.history import History, arena_for, vectors_of
 from models.partitions import partitions_of
 from models.pipeline import Entity, Pipeline
 from models.predictions import Prediction, decode
-from models.records import NEVER, NEWS, RecordCodec, fresh
+from models.records import NEVER, NEWS, RecordCodec, fresh, skew
 from models.vectors import Vectors
 from models.windows import DUPLICATE, EVENT, NULL, Floats, Ints
 
@@ -100,6 +100,22 @@ def order_skew(pipeline: Pipeline, history: History, expected: Expected) -> int:
     ideal = vectors_of(pipeline, history)
     rows, known = expected.rows(history.ids)
     return int((~same(ideal[known], expected.vectors[rows[known]])).sum())
+
+
+async def lead(pipeline: Pipeline, address: str) -> int:
+    """How far, at most, the last entity's log was ahead of an event when it came, ms of event time.
+
+    Each writer's times count as no earlier than those before: what was late at the source is so here.
+    """
+    number = len(pipeline.entities) - 1
+    records, logs, _ = await _read(address, pipeline.entities[number].log)
+    codec = RecordCodec(pipeline, number)
+    batch, kept, _ = codec.decode([r.value or b"" for r in records], [r.key for r in records])
+    assert batch.sources is not None
+    events = batch.kinds == EVENT
+    sources, logs = batch.sources[events], logs[kept][events]
+    reached = np.full((int(logs.max(initial=0)) + 1, int(sources.max(initial=0)) + 1), NULL, np.int64)
+    return int(skew(logs, sources, batch.clocks[events], reached))
 
 
 async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
