@@ -128,7 +128,7 @@ class MirrorAgent:
         stores = {partition: stage.stores[partition] for partition in news}
         for partition, before in zip(news, await self._mirror.mark(stage.entity, news), strict=True):
             store = stores[partition]
-            if before is None and self._marked.get(store, 0) > 0:
+            if (before or 0) < self._marked.get(store, 0):  # lost, or a copy of some time ago
                 self._anew(stage, partition, store)
             else:
                 self._marked[store] = news[partition]

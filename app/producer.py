@@ -11,6 +11,8 @@ holds them to what is used here.
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,6 +37,7 @@ from app import kafka
 from app.settings import Delivery
 from models.errors import HeadraceError
 
+RENEW_S = 86_400.0  # the coordinator forgets an id that has opened no transaction for a week
 CLAIM_S = 30.0  # for a partition; a broker that restarts answers again within it
 TRANSACTION_MS = 60_000  # an owner that dies in one is rid of by its successor long before
 RETRY_S = 0.02
@@ -65,6 +68,7 @@ class Producer:
         for part in (self._plain, self._plain._sender, self._plain._message_accumulator):
             part._txn_manager = self._identities
         self._transactional: dict[tuple[str, int], AIOKafkaProducer] = {}
+        self._fenced_at: dict[tuple[str, int], float] = {}
 
     async def start(self, topics: Iterable[str]) -> None:
         """topics: where to send, which learnt later costs the first record of each some 0.3 s."""
@@ -84,6 +88,7 @@ class Producer:
     async def release(self) -> None:
         """Let go of all that was claimed."""
         self._identities.fenced.clear()
+        self._fenced_at.clear()
         producers = list(self._transactional.values())
         self._transactional.clear()
         await asyncio.gather(*(p.stop() for p in producers))
@@ -93,7 +98,9 @@ class Producer:
         return self._transactional.get((topic, partition), self._plain).create_batch()
 
     async def send_batch(self, batch: Any, topic: str, partition: int) -> None:
-        """Send and wait until it has arrived. Raises Fenced, or a KafkaError."""
+        """Send and wait until it has arrived; of a partition, one at a time. Raises Fenced, or a KafkaError."""
+        if time.monotonic() - self._fenced_at.get((topic, partition), math.inf) > RENEW_S:
+            await self._fence(topic, partition)
         try:
             transactional = self._transactional.get((topic, partition))
             if transactional is None:
@@ -127,6 +134,7 @@ class Producer:
             await coordinator.begin(first, topic, partition)
             await coordinator.abort(first)
             self._identities.fence(TopicPartition(topic, partition), await coordinator.identity())
+        self._fenced_at[topic, partition] = time.monotonic()
 
     def _transaction_id(self, topic: str, partition: int) -> str:
         return f"{self._fence_id}-{topic}-{partition}"

@@ -3,6 +3,7 @@
 import pytest
 
 from app import kafka
+from app import producer as module
 from app.local.services import Addresses
 from app.producer import Fenced, Producer
 from app.settings import Delivery
@@ -74,6 +75,26 @@ async def test_a_partition_may_be_claimed_again_and_other_topics_need_no_claim(a
     expected = {0: [b"0", b"1", b"2"]}
     assert await values(addresses.kafka, pipeline.predictions) == expected
     assert await values(addresses.kafka, pipeline.dead_letters) == expected
+    await kafka.delete_topics(addresses.kafka, pipeline)
+
+
+async def test_a_claim_is_renewed_between_two_batches(
+    addresses: Addresses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = await made(addresses.kafka, "fence-renewed")
+    topic = pipeline.predictions
+    producer = await started(addresses.kafka)
+    await producer.claim(topic, [0])
+    await send(producer, topic, 0, b"0")
+    epochs = [identity.epoch for identity in producer._identities.fenced.values()]
+    monkeypatch.setattr(module, "RENEW_S", 0.0)
+    await send(producer, topic, 0, b"1")
+    await send(producer, topic, 0, b"2")
+    await send(producer, topic, 1, b"never claimed")
+    epochs += [identity.epoch for identity in producer._identities.fenced.values()]
+    await producer.stop()
+    assert await values(addresses.kafka, topic) == {0: [b"0", b"1", b"2"], 1: [b"never claimed"]}
+    assert epochs[1] > epochs[0]
     await kafka.delete_topics(addresses.kafka, pipeline)
 
 

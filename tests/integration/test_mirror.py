@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agents import mirror as mirror_agent
 from agents.mirror import MirrorAgent
 from app.local.services import Addresses
 from models.events import EventDecoder
@@ -151,7 +152,7 @@ async def bench(addresses: Addresses, tmp_path: Path) -> AsyncIterator[Bench]:
 
 
 async def test_what_redis_has_lost_is_written_anew_also_of_profiles_that_are_on_disk_only(
-    bench: Bench,
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = range(100, 700)  # more than go in one call
     bench.fold(1, 1, 2, *many)
@@ -162,10 +163,27 @@ async def test_what_redis_has_lost_is_written_anew_also_of_profiles_that_are_on_
     bench.fold(2, 3)
     await bench.mirror.clear()
     bench.agent._looked = 0.0
-    await bench.agent.once()
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror_agent, "REBUILD_S", 0.0)
+        await bench.agent.once()
     assert bench.agent.rebuilding == 1
     await bench.settled()
     assert await bench.counts(1, 2, 3, *many) == [2, 2, 1, *[1] * len(many)]
+
+
+async def test_a_copy_of_some_time_ago_is_noticed(bench: Bench) -> None:
+    """As when Redis was killed and came back with what it had saved."""
+    bench.fold(1, 2)
+    bench.flush()
+    await bench.settled()
+    bench.fold(1, 3)
+    bench.flush()
+    await bench.settled()
+    await bench.mirror.clear()
+    await bench.mirror.mark(bench.entity, {0: 2})
+    bench.agent._looked = 0.0
+    await bench.settled()
+    assert await bench.counts(1, 2, 3) == [2, 1, 1]
 
 
 async def test_what_an_owner_flushed_and_had_not_mirrored_its_successor_writes(bench: Bench) -> None:
