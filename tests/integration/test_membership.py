@@ -232,9 +232,6 @@ async def test_a_broker_that_restarts_ends_no_worker(
         publishing = asyncio.create_task(replay.publish(tape, run.pipeline, addresses.kafka, 500))
         await run.predicted(500)
         services.down(trained, ["kafka"])
-        async with asyncio.timeout(60):  # away for longer than the session
-            while "Heartbeat session expired" not in worker.log.read_text():  # noqa: ASYNC110
-                await asyncio.sleep(0.2)
         services.up(trained, ["kafka"])
         await publishing
         assert await run.verdict(tape.events) == (0, 0, 0)
