@@ -36,6 +36,9 @@ class Positions:
         self.taken.set()
         return dict.fromkeys(committed, 10)
 
+    def end(self, error: Exception) -> None:
+        raise AssertionError(error)
+
 
 class App(faust.App):  # type: ignore[misc]
     positions: Positions
