@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -371,6 +372,9 @@ def train(name: str, alias: str | None, source: Path, before: str | None, as_jso
 )
 def worker(name: str, alias: str | None, port: int | None) -> None:
     """Fold, score and predict. Start as many as you like: they share the partitions."""
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(0)
+    )  # until it takes partitions there is nothing to let go
     from app.local import services
 
     settings = _settings()

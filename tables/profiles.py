@@ -383,7 +383,7 @@ class Profiles:
         packed = self._stores[partition].get(key_bytes(key))
         slot = self._arena.new() if packed is None else self._arena.unpack(packed)
         self.loaded += packed is not None
-        if slot >= len(self._partition):
+        while slot >= len(self._partition):  # the mirror may have had slots in between
             self._widen()
         while len(self._keys) <= slot:
             self._keys.append(None)

@@ -363,6 +363,26 @@ def test_what_was_seen_is_dropped_and_counted_even_after_a_restart(tmp_path: Pat
     assert profiles.counts["seen"] == 6
 
 
+def test_what_the_mirror_reads_from_the_store_takes_no_slot_of_others(tmp_path: Path) -> None:
+    """Evicted ones are read into slots beyond those that were ever in use."""
+    profiles = customers(tmp_path)
+    mine = [c for c in range(1000) if home(c) == 0][:300]
+    profiles.open(0)
+    profiles.start_at(0, 0)
+    profiles.apply(
+        [(0, log([order(i, CUSTOMER=c) for i, c in enumerate(mine)], [key_bytes(c) for c in mine]))]
+    )
+    for snapshot in profiles.snapshots():
+        profiles.write(snapshot)
+    profiles.close(0)
+    profiles.start_at(0, profiles.open(0) or 0)
+    assert profiles.owe(0, b"", 300) is not None
+    assert len(profiles.touched(300).keys) == 300
+    (more,) = log([order(999, CUSTOMER=mine[7])], [key_bytes(mine[7])])
+    applied = profiles.apply([(0, [Fetched(300, more.value, more.key)])])
+    assert applied.features[0, 0] == 2
+
+
 def test_a_missing_record_is_noticed_held_up_and_mended(tmp_path: Path) -> None:
     """Its successors are left out, also after a restart, and come again behind it."""
     codec, decoder = RecordCodec(SHOP, 1), EventDecoder(SHOP)
