@@ -75,6 +75,11 @@ class Outbox:
             while target.acknowledged < mark:
                 await self._next_progress()
 
+    @property
+    def since(self) -> int | None:
+        """When the oldest batch that is not acknowledged was first sent, ms."""
+        return min((t.since for t in self._targets.values() if t.since is not None), default=None)
+
     async def _next_progress(self) -> None:
         if self._failure is not None:
             raise SendFailed(f"Kafka did not take a batch ({self._failure}); see the broker's log.")
@@ -86,6 +91,7 @@ class Outbox:
         try:
             while target.queue:
                 batch, count = self._batch(topic, partition, target.queue)
+                target.since = self._clock()
                 await self._producer.send_batch(batch, topic, partition)
                 del target.queue[:count]
                 target.acknowledged += count
@@ -96,7 +102,7 @@ class Outbox:
             self._progress.set()
             self._on_failure(error)
         finally:
-            target.sender = None
+            target.sender = target.since = None
 
     def _batch(self, topic: str, partition: int, queue: list[tuple[bytes | None, bytes]]) -> tuple[Any, int]:
         """As much of the queue as one batch holds, and how many records that is."""
@@ -114,9 +120,10 @@ class Outbox:
 class _Target:
     """One partition's queue of what is not acknowledged, and how much ever was."""
 
-    __slots__ = ("acknowledged", "queue", "sender")
+    __slots__ = ("acknowledged", "queue", "sender", "since")
 
     def __init__(self) -> None:
         self.queue: list[tuple[bytes | None, bytes]] = []
         self.acknowledged = 0
         self.sender: asyncio.Task[None] | None = None
+        self.since: int | None = None

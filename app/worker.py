@@ -53,6 +53,7 @@ from tables.store import Store
 POLL_RECORDS = 4000  # of all topics in one poll at most: some 40 ms of work
 QUEUED_POLLS = 2  # decoded work never waits long behind a rebalance
 HAND_OVER_S = 10.0  # for a flush of what was folded; the group waits somewhat longer
+SILENT_MS = 5000  # Kafka acknowledges in some, and in a rebalance of its own in a thousand
 MIRROR_S = 2.0  # for what the mirror has yet to take then
 STOP_S = 30.0
 TAKE_S = 600.0  # a checkpoint of some GB is restored by then; who hangs for longer is better started anew
@@ -406,6 +407,9 @@ class Worker:
     async def _ready(self) -> str | None:
         if not self.partitions.taken:
             return "The worker holds no partitions yet; it waits for Kafka to assign some."
+        since = self.outbox.since
+        if since is not None and (waited := self._now_ms() - since) > SILENT_MS:
+            return f"Kafka has not acknowledged a batch for {waited // 1000} s; the worker waits."
         if self.mirror.failing is not None:
             return f"Redis does not take the mirror ({self.mirror.failing}); the stream goes on."
         if self.mirror.rebuilding:

@@ -55,6 +55,17 @@ def outbox(producer: Any, failures: list[Exception] | None = None) -> Outbox:
     return Outbox(producer, lambda: 0, (failures if failures is not None else []).append)
 
 
+async def test_it_tells_since_when_a_batch_waits() -> None:
+    producer = Producer()
+    box = Outbox(producer, lambda: 7, [].append)
+    assert box.since is None
+    box.put("t", 0, None, b"a")
+    await settle()
+    assert box.since == 7
+    await producer.acknowledge()
+    assert box.since is None
+
+
 async def test_what_gathers_while_a_batch_is_in_flight_goes_in_the_next() -> None:
     producer = Producer()
     box = outbox(producer)
