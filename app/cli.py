@@ -436,11 +436,13 @@ def replay(
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with all rows.")
 def doctor(name: str, alias: str | None, as_json: bool) -> None:
     """Compare log, stores, predictions, mirror, group and model. Exit 1 if something is wrong."""
+    import logging
     from dataclasses import asdict
 
     from app import doctor as doctors
     from app.terminal import table
 
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # what does not answer is told as a row
     settings = _settings()
     pipeline = _find(settings, name, alias)
     rows = asyncio.run(doctors.examine(settings, pipeline))

@@ -146,15 +146,21 @@ def group(counts: Mapping[str, int], found: Group) -> list[Row]:
         )
         for topic, count in counts.items() for p in range(count) if len(owners[topic, p]) != 1
     ]  # fmt: skip
-    for p in range(max(counts.values(), default=0)):
-        holders = {o for topic in counts for o in owners.get((topic, p), ())}
-        if len(holders) > 1 and not rows:
-            rows.append(Row(
-                "group", f"number {p}", "wrong", f"its partitions are with {len(holders)} workers",
-                "restart the workers, all of one version",
-            ))  # fmt: skip
-    return rows or ok(
-        "group", f"{len(found.members)} workers from {hosts} hold {sum(counts.values())} partitions"
+    holders = {
+        p: {o for topic in counts for o in owners.get((topic, p), ())}
+        for p in range(max(counts.values(), default=0))
+    }
+    parted = [
+        Row(
+            "group", f"number {p}", "wrong", f"its partitions are with {len(held)} workers",
+            "restart the workers, all of one version",
+        )
+        for p, held in holders.items() if len(held) > 1
+    ]  # fmt: skip
+    return (
+        rows
+        or parted
+        or ok("group", f"{len(found.members)} workers from {hosts} hold {sum(counts.values())} partitions")
     )
 
 
@@ -288,12 +294,15 @@ def mirror(
     return [_mirrored(pipeline, entity, ids, what) for what, ids in sentences.items() if ids]
 
 
-def mirror_differs(pipeline: Pipeline, entity: Entity, ids: list[str], catching_up: bool) -> list[Row]:
-    """Profiles whose values are not those of the store, although the store is ahead."""
+def mirror_differs(pipeline: Pipeline, entity: Entity, ids: list[str], busy: bool) -> list[Row]:
+    """Profiles whose values are not those of the store, although the store is ahead.
+
+    busy: a worker has much to mirror, or had just now, and does so when it finds the time.
+    """
     if not ids:
         return []
-    if catching_up:
-        remedy = "workers catch up, and the mirror gathers meanwhile: ask again"
+    if busy:
+        remedy = "the mirror gathers under load: ask again when the log has been quiet for a minute"
         return [
             Row("mirror", entity.name, "warn", f"{len(ids)} are behind their stores ({_some(ids)})", remedy)
         ]

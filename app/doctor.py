@@ -45,7 +45,7 @@ FIRST = 64  # of a tail, whose times say how old it is
 LETTERS_MS = 3_600_000
 LETTERS = 2000  # of a partition, that are counted
 WORDS = 20_000  # of the control topic; a hole is told again every few seconds
-BEHIND = 10_000  # records of lag, with which the mirror may gather for longer than a moment
+QUIET_MS = 60_000  # of a log, after which the mirror has what workers have flushed
 AGAIN_S = 1.0  # for the mirror to take what was just flushed
 
 NEED_KAFKA = (
@@ -88,8 +88,8 @@ class _Doctor:
         self._spans: dict[Place, Span] = {}
 
     async def rows_of_all(self) -> list[Row]:
-        champion = await self._step("model", _in_thread(self._champion))
         await self._services()
+        champion = await self._step("model", _in_thread(self._champion))
         if self._address:
             await self._step("topics", self._topics())
         else:
@@ -129,7 +129,7 @@ class _Doctor:
         try:
             card = model_folder.load(self._settings.models_root, self._pipeline).card
         except HeadraceError as error:
-            self._rows.append(Row("model", "", "wrong", str(error), "as it says"))
+            self._rows.append(Row("model", "", "wrong", str(error), "no worker starts before"))
             return None
         self._rows += diagnosis.ok("model", f"champion {card.version} gives its golden vectors their scores")
         return card.version
@@ -305,14 +305,16 @@ class _Doctor:
             self._rows += diagnosis.mirror(pipeline, entity, spans, found)
             again = {i: await self._fetch(entity, i) for i in suspects[entity.name]}
             stuck = [i for i in self._differing(entity, again) if _same_offset(again[i], found[i])]
-            behind = sum(
-                s.end - self._committed.get(p, 0) for p, s in self._spans.items() if p[0] == entity.log
-            )
-            catching_up = self._workers > 0 and behind > BEHIND
-            self._rows += diagnosis.mirror_differs(pipeline, entity, stuck, catching_up)
+            busy = self._workers > 0 and bool(stuck) and await self._moved(entity.log)
+            self._rows += diagnosis.mirror_differs(pipeline, entity, stuck, busy)
         if len(self._rows) == before:
             count = sum(map(len, self._mirrored.values()))
             self._rows += diagnosis.ok("mirror", f"{count} profiles are as their stores and logs have them")
+
+    async def _moved(self, log: str) -> bool:
+        """Whether anything has come lately."""
+        lately = await kafka.offsets_of(self._address, {log: self._counts[log]}, self._now - QUIET_MS)
+        return any(span.first < span.end for span in lately)
 
     def _differing(self, entity: Entity, found: Mapping[str, Mirrored | None]) -> list[str]:
         """The ids whose values are not those of a store that is ahead of them."""
@@ -341,7 +343,8 @@ class _Doctor:
                 copy = Copy(one["entity"], one["partition"], one["position"], one["age_s"])
                 newest.setdefault((copy.entity, copy.partition), copy)
         except HeadraceError as error:
-            self._rows.append(Row("checkpoints", "", "warn", str(error), "as it says"))
+            remedy = "wait until a worker has taken one, or see its log"
+            self._rows.append(Row("checkpoints", "", "warn", str(error), remedy))
             return
         self._rows += [
             Row("checkpoints", "", "warn", s, "run `headrace checkpoints verify`") for s in damaged

@@ -50,7 +50,7 @@ async def until(look: Callable[[], Awaitable[list[Row]]], good: Callable[[list[R
     rows: list[Row] = []
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(WITHIN_S):
-            while not good(rows := await look()):
+            while not good(rows := await look()):  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.2)
     return rows
 
@@ -149,7 +149,7 @@ async def test_what_is_broken_is_told_by_name(trained: Settings, addresses: Addr
         async with kafka.admin(addresses.kafka) as client:
             await client.delete_topics([pipeline.predictions])
             async with asyncio.timeout(30):
-                while pipeline.predictions in await client.list_topics():
+                while pipeline.predictions in await client.list_topics():  # noqa: ASYNC110
                     await asyncio.sleep(0.1)
             await client.create_topics([NewTopic(pipeline.predictions, 3, 1)])
         assert ("topics", pipeline.predictions) in told(await it.examine())
