@@ -435,6 +435,31 @@ def replay(
         click.echo(f"{sent['events']:,} events and {sent['labels']:,} labels in {sent['seconds']:.1f} s")
 
 
+@main.command(epilog="Example: headrace doctor --pipeline card-fraud")
+@_pipeline_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object with all rows.")
+def doctor(name: str, alias: str | None, as_json: bool) -> None:
+    """Compare log, stores, predictions, mirror, group and model. Exit 1 if something is wrong."""
+    import logging
+    from dataclasses import asdict
+
+    from app import doctor as doctors
+    from app.terminal import table
+
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # what does not answer is told as a row
+    settings = _settings()
+    pipeline = _find(settings, name, alias)
+    rows = asyncio.run(doctors.examine(settings, pipeline))
+    wrong = sum(row.verdict == "wrong" for row in rows)
+    if as_json:
+        about = {"pipeline": pipeline.name, "instance": pipeline.instance, "definition": pipeline.definition}
+        _print_json(about | {"wrong": wrong, "rows": [asdict(row) for row in rows]})
+    else:
+        table(["verdict", "of", "what was seen", "remedy"], doctors.shown(rows))
+    if wrong:
+        sys.exit(1)
+
+
 # --- dead letters ------------------------------------------------------------------------------
 
 

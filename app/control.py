@@ -13,6 +13,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -34,6 +35,17 @@ class Word(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(Word).decode
+
+
+def missing(record: Any) -> tuple[tuple[str, int, int], int | None] | None:
+    """Of a record that says that something is missing: log, partition and source, and behind which offset.
+
+    None in place of the offset: it has come. None: the record says something else.
+    """
+    kind, *rest = (record.key or b"").decode().split("/")
+    if kind != "missing":
+        return None
+    return (rest[0], int(rest[1]), int(rest[2])), _decode(record.value).value
 
 
 class Control:
@@ -70,10 +82,12 @@ class Control:
                     self._others.pop(place, None)
                 else:
                     self._others[place] = (word.value, time.monotonic())
-            elif kind == "missing" and word.value is not None and record.timestamp > began:
-                partition, writer = divmod(int(rest[2]), 2)
-                stage = -1 if writer == FROM_LABELS else self._number(rest[0]) - 1
-                await self._replay(stage, partition, word.value)
+            elif (said := missing(record)) is not None and record.timestamp > began:
+                (log, _, source), highest = said
+                partition, writer = divmod(source, 2)
+                stage = -1 if writer == FROM_LABELS else self._number(log) - 1
+                if highest is not None:
+                    await self._replay(stage, partition, highest)
 
     async def tell_lows(self) -> None:
         """Tell the others how far we are, for ever."""

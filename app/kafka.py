@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment
 from aiokafka.errors import (
     GroupCoordinatorNotAvailableError,
     KafkaConnectionError,
@@ -60,6 +63,19 @@ for _name in (
     ".consumer.group_coordinator",
 ):
     logging.getLogger(f"aiokafka{_name}").addFilter(_seldom)
+
+
+Place = tuple[str, int]  # a topic and one of its partitions
+
+
+@dataclass(frozen=True)
+class Span:
+    """The offsets that a partition holds: from `first` on, below `end`."""
+
+    topic: str
+    partition: int
+    first: int
+    end: int
 
 
 class BrokerUnreachable(HeadraceError):
@@ -159,14 +175,76 @@ def group_of(pipeline: Pipeline) -> str:
     return f"headrace-{pipeline.instance}-{pipeline.definition}"
 
 
-async def members_of(address: str, group: str) -> int:
-    """How many workers are in a group."""
+@dataclass(frozen=True)
+class Member:
+    """A worker of a group: where it connects from, and the partitions that it was given, by topic."""
+
+    host: str
+    holds: Mapping[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """state: Kafka's word for it; who holds what is settled while it is Stable."""
+
+    state: str
+    members: list[Member]
+
+
+async def group_as_it_is(address: str, group: str) -> Group:
+    """Who is in a group, and who holds what."""
     async with admin(address) as client:
         try:
-            answers = await client.describe_consumer_groups([group])
+            (answer,) = await client.describe_consumer_groups([group])
         except GroupCoordinatorNotAvailableError:  # a new broker, which no group has used yet
-            return 0
-        return sum(len(described[5]) for answer in answers for described in answer.groups)
+            return Group("Empty", [])
+        _, _, state, _, _, members, *_ = answer.groups[0]
+        return Group(state, [Member(host, _holds(given)) for _, _, host, _, given in members])
+
+
+def _holds(assignment: bytes) -> dict[str, list[int]]:
+    return dict(ConsumerProtocolMemberAssignment.decode(assignment).assignment) if assignment else {}
+
+
+async def members_of(address: str, group: str) -> int:
+    """How many workers are in a group."""
+    return len((await group_as_it_is(address, group)).members)
+
+
+async def committed_of(address: str, group: str) -> dict[Place, int]:
+    """The offsets that a group has committed, by topic and partition."""
+    async with admin(address) as client:
+        try:
+            found = await client.list_consumer_group_offsets(group)
+        except GroupCoordinatorNotAvailableError:
+            return {}
+        return {(tp.topic, tp.partition): at.offset for tp, at in found.items()}
+
+
+async def configs_of(address: str, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The settings of topics that exist, as Kafka holds them."""
+    async with admin(address) as client:
+        answers = await client.describe_configs(
+            [ConfigResource(ConfigResourceType.TOPIC, name) for name in names]
+        )
+        return {
+            resource[3]: {entry[0]: entry[1] for entry in resource[4]}
+            for answer in answers
+            for resource in answer.resources
+        }
+
+
+async def offsets_of(address: str, counts: Mapping[str, int], time_ms: int | None = None) -> list[Span]:
+    """What each partition of these topics holds now; from a time on: of records that came no earlier."""
+    tps = [TopicPartition(topic, p) for topic, count in counts.items() for p in range(count)]
+    async with _asking(address) as consumer:
+        if not tps:
+            return []
+        first = await consumer.beginning_offsets(tps)
+        since = await consumer.offsets_for_times(dict.fromkeys(tps, time_ms)) if time_ms is not None else {}
+        ends = await consumer.end_offsets(tps)
+    later = {tp: ends[tp] if found is None else found.offset for tp, found in since.items()}
+    return [Span(tp.topic, tp.partition, later.get(tp, first[tp]), ends[tp]) for tp in tps]
 
 
 async def partitions_of(address: str, names: Iterable[str]) -> dict[str, int]:
@@ -231,15 +309,9 @@ async def follow(address: str, topic: str) -> AsyncIterator[Any]:
         await consumer.stop()
 
 
-async def read_between(
-    address: str, topic: str, starts: dict[int, int] | None = None
-) -> AsyncGenerator[Any, None]:
-    """All records of a topic from `starts` to its present end, in batches of partitions' order.
-
-    What a transaction wrote and did not commit is none of them.
-
-    starts: offset by partition; below 0, so many before the end; None: the whole topic.
-    """
+@asynccontextmanager
+async def _asking(address: str) -> AsyncIterator[AIOKafkaConsumer]:
+    """A consumer without a group. Raises BrokerUnreachable."""
     consumer = AIOKafkaConsumer(
         bootstrap_servers=address, auto_offset_reset="earliest", isolation_level="read_committed",
         max_partition_fetch_bytes=4 * 2**20,
@@ -250,6 +322,22 @@ async def read_between(
         await consumer.stop()
         raise BrokerUnreachable(address) from None
     try:
+        yield consumer
+    finally:
+        await consumer.stop()
+
+
+async def read_between(
+    address: str, topic: str, starts: dict[int, int] | None = None, stops: Mapping[int, int] | None = None
+) -> AsyncGenerator[Any, None]:
+    """All records of a topic from `starts` to its present end, in batches of partitions' order.
+
+    What a transaction wrote and did not commit is none of them.
+
+    starts: offset by partition; below 0, so many before the end; None: the whole topic.
+    stops: offsets from which on a partition is not read, though it has more.
+    """
+    async with _asking(address) as consumer:
         if starts is None:
             await consumer._client._wait_on_metadata(topic)
             starts = dict.fromkeys(consumer.partitions_for_topic(topic) or (), 0)
@@ -258,6 +346,7 @@ async def read_between(
             return
         consumer.assign(tps)
         first, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
+        ends = {tp: min(end, (stops or {}).get(tp.partition, end)) for tp, end in ends.items()}
         open_ = set()
         for tp in tps:
             start = starts[tp.partition]
@@ -274,5 +363,3 @@ async def read_between(
                         yield record
             # Control records have offsets and are never given out: the position tells, not the count.
             open_ = {tp for tp in open_ if await consumer.position(tp) < ends[tp]}
-    finally:
-        await consumer.stop()

@@ -126,7 +126,7 @@ async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
     records, logs, offsets = await _read(address, first.log)
     sent = np.array([r.timestamp for r in records], np.int64)
     batch, kept, _ = EventDecoder(pipeline).decode([r.value or b"" for r in records], sent)
-    home = _at_home(batch, logs[kept], count)
+    home = at_home(batch, logs[kept], count)
     batch, kept = batch.where(home), kept[home]
     features, outcomes, latest = _fold(first, batch, numeric)
     on = np.flatnonzero(outcomes != DUPLICATE)
@@ -181,7 +181,7 @@ def same(a: Floats, b: Floats) -> npt.NDArray[np.bool_]:
     return equal
 
 
-def _at_home(batch: Batch, logs: Ints, count: int) -> npt.NDArray[np.bool_]:
+def at_home(batch: Batch, logs: Ints, count: int) -> npt.NDArray[np.bool_]:
     """Which records stand in their key's partition, as workers ask of the stream's."""
     keys = [None if k is None else key_bytes(k) for k in batch.keys]
     keyless = np.array([k is None for k in keys], np.bool_)

@@ -12,8 +12,10 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from models.pipeline import Pipeline
@@ -78,6 +80,31 @@ def newest_position(folder: Path, definition: str) -> int | None:
         if position is not None:
             return position
     return None
+
+
+@contextmanager
+def looked_into(folder: Path, definition: str) -> Iterator[Store | None]:
+    """A passing copy of the newest usable incarnation, whose owner may be at work; None where there is none.
+
+    Raises StoreError where there are some, and none can be used.
+    """
+    unread: StoreError | None = None
+    with tempfile.TemporaryDirectory(prefix="look-", dir=folder) as scratch:
+        for path in _incarnations(folder):
+            try:
+                store = _cloned(path, Path(scratch), definition)
+            except StoreError as error:
+                unread = unread or error
+                continue
+            if store is not None:
+                try:
+                    yield store
+                finally:
+                    store.close()
+                return
+    if unread is not None:
+        raise unread
+    yield None
 
 
 def clone(source: Path, target: Path) -> None:

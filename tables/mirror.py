@@ -48,6 +48,7 @@ return written
 """
 
 AT_ONCE = 200  # profiles in one call: about a millisecond of Redis
+SCAN_KEYS, SCAN_ROUNDS = 1000, 200  # a sample looks at so many keys of anybody's at most: a second of Redis
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,17 @@ class Mirror:
     def _position(self, mark: bytes | None) -> int | None:
         definition, _, position = (mark or b"").decode().partition(" ")
         return int(position) if definition == self._definition else None
+
+    async def sample(self, entity: Entity, most: int) -> list[str]:
+        """The ids of up to `most` entities that are mirrored, whichever come first."""
+        prefix, cursor, found = self.key(entity, b""), 0, set[bytes]()
+        for _ in range(SCAN_ROUNDS):
+            answer: Any = await self._client.scan(cursor, match=prefix + b"*", count=SCAN_KEYS)
+            cursor, keys = answer
+            found.update(keys)
+            if not cursor or len(found) >= most:
+                break
+        return [key[len(prefix) :].decode() for key in sorted(found)[:most]]
 
     async def clear(self) -> None:
         """Forget all of this pipeline's profiles."""
