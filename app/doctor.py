@@ -38,6 +38,7 @@ from tables import homes, model_folder
 from tables.mirror import Mirror, Mirrored, RedisError, connect
 
 STEP_S, TOTAL_S = 8.0, 20.0  # for one thing to be read, and for all of them
+ANSWER_S = 4.0  # for a service to say that it is there
 SAMPLE = 200  # mirrored profiles that are looked at
 WINDOW = 1000  # records of a partition, before the store's position, whose predictions are looked for
 TAIL = 4000  # predictions of a partition among which they are: a worker predicts ahead of its store
@@ -137,13 +138,13 @@ class _Doctor:
     async def _services(self) -> None:
         before, known = len(self._rows), services.addresses(self._settings)
         try:
-            async with asyncio.timeout(STEP_S), kafka.admin(known.kafka):
+            async with asyncio.timeout(ANSWER_S), kafka.admin(known.kafka):
                 self._address = known.kafka
         except _ERRORS as error:
             self._silent("Kafka", "HEADRACE_KAFKA", error)
         try:
             self._mirror = Mirror(connect(known.redis_url), self._pipeline)
-            await asyncio.wait_for(self._mirror.ping(), STEP_S)
+            await asyncio.wait_for(self._mirror.ping(), ANSWER_S)
         except _ERRORS as error:
             if self._mirror is not None:
                 await self._mirror.close()

@@ -332,3 +332,24 @@ def test_a_restored_store_is_what_the_next_owner_clones(tmp_path: Path) -> None:
     assert homes.newest_position(tmp_path / "here", "d1") == 7
     store = homes.open_store(tmp_path / "here", "d1")
     assert (store.position, store.get(b"7")) == (7, b"7 of 7")
+
+
+def test_a_look_at_a_living_store_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "customer" / "0003"
+    written(folder, 5, b"a")
+    owner = homes.open_store(folder, "d1")
+    owner.write(snapshot(9, b"b"))
+    owner.flush()
+    before = sorted(folder.rglob("*"))
+    with homes.looked_into(folder, "d1") as store:
+        assert store is not None
+        assert (store.position, store.get(b"a"), store.get(b"b")) == (9, b"5 of a", b"9 of b")
+    assert sorted(folder.rglob("*")) == before
+    owner.write(snapshot(12, b"c"))
+    owner.close()
+    with pytest.raises(StoreError, match="was written for definition d1"), homes.looked_into(folder, "d2"):
+        pass
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with homes.looked_into(empty, "d1") as store:
+        assert store is None
