@@ -56,6 +56,7 @@ async def test_features_with_their_age(client: Client, mirror: Mirror) -> None:
         "age_s": 10.5,
         "offset": 12,
         "definition": pipeline().definition,
+        "degraded": False,
         "features": {"TAILNUM_NB_7D": 3.0, "TAILNUM_AVG_DEP_DELAY_7D": None},
     }
 

@@ -24,17 +24,21 @@ async def test_topics_have_explicit_partitions_and_retention(addresses: Addresse
     made = await kafka.create_topics(addresses.kafka, mine, 3, 1)
     assert set(made) == {
         "kafka-topics.transactions", "kafka-topics.terminal.log", "kafka-topics.labels",
-        "kafka-topics.predictions", "kafka-topics.dead-letters",
+        "kafka-topics.predictions", "kafka-topics.dead-letters", "kafka-topics.control",
     }  # fmt: skip
     assert await kafka.create_topics(addresses.kafka, mine, 3, 1) == []
-    assert await kafka.checked_partitions(addresses.kafka, mine) == dict.fromkeys(made, 3)
+    assert await kafka.checked_partitions(addresses.kafka, mine) == dict.fromkeys(made, 3) | {mine.control: 1}
     async with kafka.admin(addresses.kafka) as admin:
-        resources = [ConfigResource(ConfigResourceType.TOPIC, "kafka-topics.terminal.log")]
-        (answer,) = await admin.describe_configs(resources)
-    settings = {name: value for name, value, *_ in answer.resources[0][4]}
+        log, control = [
+            {name: value for name, value, *_ in (await admin.describe_configs([resource]))[0].resources[0][4]}
+            for resource in (
+                ConfigResource(ConfigResourceType.TOPIC, "kafka-topics.terminal.log"),
+                ConfigResource(ConfigResourceType.TOPIC, "kafka-topics.control"),
+            )
+        ]
     # Thirty days of window behind seven of delay, an hour of lateness, and a week to rebuild in.
-    assert int(settings["retention.ms"]) == (37 + 7) * DAY_MS + 3_600_000
-    assert settings["cleanup.policy"] == "delete"
+    assert int(log["retention.ms"]) == (37 + 7) * DAY_MS + 3_600_000
+    assert (log["cleanup.policy"], control["cleanup.policy"]) == ("delete", "compact")
     await kafka.delete_topics(addresses.kafka, mine)
     assert set((await kafka.partitions_of(addresses.kafka, made)).values()) == {0}
 
