@@ -250,7 +250,7 @@ async def test_what_a_rebalance_tears_comes_again_whole(addresses: Addresses) ->
         assert places_of(handled) == all_of([30, 30, 30, 30])
 
 
-async def test_transactions_are_read_as_asked(addresses: Addresses) -> None:
+async def test_what_was_not_committed_is_not_read(addresses: Addresses) -> None:
     async with made(addresses.kafka, "client.transactions", 1) as topic:
         producer = AIOKafkaProducer(bootstrap_servers=addresses.kafka, transactional_id="client-test")
         await producer.start()
@@ -265,8 +265,6 @@ async def test_transactions_are_read_as_asked(addresses: Addresses) -> None:
             positions = predictions.positions
         async with Predictions(addresses.kafka, topic, positions=positions) as predictions:
             assert places_of(got + await take(predictions, len(kept) - 20)) == kept
-        async with Predictions(addresses.kafka, topic) as predictions:
-            assert len(await take(predictions, 40)) == 40
 
 
 async def test_what_is_no_prediction_is_passed_over(addresses: Addresses) -> None:
