@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -49,6 +50,7 @@ class Summary:
     seed: int
     minutes: float
     rate: float
+    apart: bool = False
     sent: int = 0
     events: int = 0
     predictions: int = 0
@@ -79,8 +81,10 @@ class Summary:
         return msgspec.json.encode(asdict(self)).decode()
 
 
-def run(settings: Settings, name: str, seed: int, minutes: float, rate: float, quiet: bool) -> Summary:
-    """Run it and leave nothing running. quiet: no table at the end."""
+def run(
+    settings: Settings, name: str, seed: int, minutes: float, rate: float, apart: bool, quiet: bool
+) -> Summary:
+    """Run it and leave nothing running. apart: see faults.Fleet. quiet: no table at the end."""
     started = time.perf_counter()
     root = settings.data_root / "chaos"
     settings = session.with_own_models(settings.model_copy(update={"data_root": root}), ".")
@@ -95,7 +99,7 @@ def run(settings: Settings, name: str, seed: int, minutes: float, rate: float, q
         console.print(f"  {text}", highlight=False)
 
     load = _load(settings, pipeline, seed, minutes * 60, rate, report)
-    summary = Summary(name, seed, minutes, rate)
+    summary = Summary(name, seed, minutes, rate, apart)
     with session.running_services(settings, lambda s, e: report(f"{s}: {e}")) as addresses:
         settings = _on_the_same_ports(settings, addresses)
         with (root / "faults.jsonl").open("w") as log:
@@ -178,7 +182,7 @@ class Run:
         self._predicted: set[int] = set()
         self._arrivals: dict[int, list[float]] = {p: [] for p in range(settings.partitions)}
         self._done: list[tuple[str, float]] = []  # faults carried out: kind, and when it began
-        self._fleet = faults.Fleet(settings, pipeline, self._note)
+        self._fleet = faults.Fleet(settings, pipeline, self._note, summary.apart)
         own = {"kafka": not settings.kafka, "redis": not settings.redis_url}
         kinds = [k for k, kind in faults.KINDS.items() if kind.needs is None or own[kind.needs]]
         summary.left_out = sorted(faults.KINDS.keys() - kinds)
@@ -187,6 +191,7 @@ class Run:
     async def run(self) -> None:
         """The load and the faults, then the judgement."""
         await session.fresh(self._settings, self._pipeline, self._addresses)
+        shutil.rmtree(self._settings.data_root / "apart", ignore_errors=True)
         try:
             async with self._fleet.supervised():
                 for _ in range(faults.FEWEST):

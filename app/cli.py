@@ -639,15 +639,18 @@ def demo(name: str, folder: Path, stay: bool | None, as_json: bool) -> None:
 @click.option("--minutes", default=5.0, show_default=True, help="How long the load lasts.")
 @click.option("--seconds", type=float, help="The same in seconds.")
 @click.option("--rate", default=500.0, show_default=True, help="Events a second, sent whatever comes back.")
+@click.option("--apart", is_flag=True, help="Workers share no disk, only checkpoints, every 10 s.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as one JSON line.")
-def chaos(name: str, seed: int, minutes: float, seconds: float | None, rate: float, as_json: bool) -> None:
+def chaos(
+    name: str, seed: int, minutes: float, seconds: float | None, rate: float, apart: bool, as_json: bool
+) -> None:
     """Kill, stop and cut what runs, under a rough load. Exit 1 if a prediction was lost, doubled or differs."""
     from app import chaos as chaotic
 
     minutes = minutes if seconds is None else seconds / 60
     if not (minutes > 0 and rate > 0):
         raise click.UsageError("--minutes, --seconds and --rate are to be above 0.")
-    summary = chaotic.run(_settings(), name, seed, minutes, rate, as_json)
+    summary = chaotic.run(_settings(), name, seed, minutes, rate, apart, as_json)
     if as_json:
         click.echo(summary.as_json())
     if not summary.good:

@@ -29,6 +29,7 @@ BACK_OFF_S = 1.0  # before a worker that ended by itself is started again
 READY_S = 120.0  # for the first workers, on a busy machine
 LOOK_S = 0.1  # between looks at the workers
 FIRST_S, QUIET_S = 6.0, 10.0  # no fault so long after the beginning, and before the end
+APART_CHECKPOINT_S = 10.0  # so that a run of some minutes has restores from several
 RECOVERY_S = 6.0  # at least so long between a fault's end and the next one
 
 
@@ -116,12 +117,15 @@ class _Member:
 
 
 class Fleet:
-    """Workers under a supervisor. note: is told each thing that happens, for the log."""
+    """Workers under a supervisor. note: is told each thing that happens, for the log.
+
+    apart: each has a data root of its own, as on machines of their own; they share checkpoints.
+    """
 
     def __init__(
-        self, settings: Settings, pipeline: Pipeline, note: Callable[[dict[str, Any]], None]
+        self, settings: Settings, pipeline: Pipeline, note: Callable[[dict[str, Any]], None], apart: bool
     ) -> None:
-        self._settings, self._pipeline, self._note = settings, pipeline, note
+        self._settings, self._pipeline, self._note, self._apart = settings, pipeline, note, apart
         self._members: list[_Member] = []
         self._made = 0
         self.self_stops = 0
@@ -130,7 +134,16 @@ class Fleet:
     def add(self) -> None:
         """Start one more worker."""
         self._made += 1
-        member = _Member(session.Process(self._settings, self._pipeline, "worker", self._made))
+        environment: dict[str, str] = {}
+        if self._apart:
+            root = self._settings.data_root
+            environment = {
+                "HEADRACE_DATA_ROOT": str(root / "apart" / str(self._made)),
+                "HEADRACE_CHECKPOINTS": str(root / "checkpoints"),
+                "HEADRACE_CHECKPOINT_EVERY_S": str(APART_CHECKPOINT_S),
+            }
+        process = session.Process(self._settings, self._pipeline, "worker", self._made, **environment)
+        member = _Member(process)
         self._members.append(member)
         self._start(member)
 

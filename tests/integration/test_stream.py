@@ -114,12 +114,16 @@ async def test_a_planted_difference_is_found(trained: Settings, addresses: Addre
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "delivery"),
+    [(signal.SIGKILL, "fenced"), (signal.SIGTERM, "fenced"), (signal.SIGKILL, "transactional")],
+)
 async def test_a_worker_goes_on_from_its_store(
-    trained: Settings, addresses: Addresses, cards: Path, number: signal.Signals
+    trained: Settings, addresses: Addresses, cards: Path, number: signal.Signals, delivery: str
 ) -> None:
-    instance = f"cards-{number.name.lower()}"
-    async with running(trained, addresses, "card-fraud", instance) as run:
+    instance = f"cards-{number.name.lower()}-{delivery}"
+    settings = trained.model_copy(update={"delivery": delivery})
+    async with running(settings, addresses, "card-fraud", instance) as run:
         tape = replay.tape(cards, run.pipeline, "2018-04-10", "2018-04-16")
         publishing = asyncio.create_task(run.publish(tape, 4000))
         await run.predicted(tape.events // 2)
