@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 
 from models.events import key_bytes
 from models.partitions import partition_of
+from tests.fixtures import bugs
+from tests.fixtures.bugs import Without
 from tests.fixtures.exactness import DAY, HOUR, compared, findings, truth_of
 from tests.fixtures.logs import order
 from tests.fixtures.simulation import (
     ARRIVED,
-    INNER,
     LABELS,
     LATE,
     LOST,
     PARTITIONS,
-    SHOP,
     SLOTS,
     STREAM,
     Died,
@@ -58,7 +58,9 @@ ALL = -1  # of the bits that say which
 
 def event(id: int, customer: int, shop_name: str | None, hours: int, more: int = 0) -> Step:
     """An order is published. It has some items and an amount of its own."""
-    value = order(id, CUSTOMER=customer, SHOP=shop_name, AT=START + hours * HOUR, ITEMS=more or None, AMOUNT=id / 4)
+    value = order(
+        id, CUSTOMER=customer, SHOP=shop_name, AT=START + hours * HOUR, ITEMS=more or None, AMOUNT=id / 4
+    )
     return "publish", STREAM, home(customer), value
 
 
@@ -97,10 +99,21 @@ async def outcome(world: World, steps: Sequence[Step]) -> list[str]:
 def lived(root: Path, steps: Sequence[Step], rocksdb: bool = False) -> list[str]:
     """The same in a world of its own. A worker that ends by itself is a finding, too."""
     with simulated(root, rocksdb) as world:
-        try:
-            return asyncio.run(outcome(world, steps))
-        except Died as died:
-            return [f"died: {died.__cause__ or died}"]
+        return end_of(world, steps)
+
+
+def end_of(world: World, steps: Sequence[Step]) -> list[str]:
+    try:
+        return asyncio.run(outcome(world, steps))
+    except Died as died:
+        return [f"died: {died.__cause__ or died}"]
+
+
+def lived_without(root: Path, safeguard: Without, steps: Sequence[Step]) -> list[str]:
+    """Likewise with a safeguard of tests.fixtures.bugs taken away."""
+    with simulated(root, rocksdb=False) as world, pytest.MonkeyPatch.context() as patch:
+        safeguard(patch)
+        return end_of(world, steps)
 
 
 # --- any history -------------------------------------------------------------------------------
@@ -170,3 +183,96 @@ def test_every_history_in_memory(steps: list[Step]) -> None:
 def test_every_history_on_disk(steps: list[Step]) -> None:
     with TemporaryDirectory() as root:
         assert lived(Path(root), steps, rocksdb=True) == []
+
+
+# --- what each safeguard is for: without it, this is found --------------------------------------
+
+# Eight orders of both customers' partitions to both shops', one of no shop, and one much too late.
+ORDERS = [
+    *(event(i, CUSTOMERS[i % 2][0], SHOPS[i // 2 % 2][0], i, i % 4) for i in range(8)),
+    event(8, CUSTOMERS[0][1], None, 9),
+    event(9, CUSTOMERS[1][1], SHOPS[0][1], 200, 2),
+    event(10, CUSTOMERS[1][0], SHOPS[0][1], 8, 2),
+]
+MORE = [event(20 + i, CUSTOMERS[i % 2][0], SHOPS[i // 2 % 2][1], 10 + i, 1) for i in range(8)]
+
+
+def arrived(slot: int) -> list[Step]:
+    """All that a worker has in flight has arrived and is acknowledged, several batches to a partition."""
+    return [("arrive", slot, ALL), ("acknowledge", slot)] * 6
+
+
+def folded(slot: int) -> list[Step]:
+    """It has folded all that is in its logs; predictions of it are in flight."""
+    return [("poll", slot, 100, ALL, True), *arrived(slot), ("poll", slot, 100, ALL, True)]
+
+
+def fails_without(safeguard: Without, root: Path, steps: Sequence[Step], found: str) -> None:
+    """With it nothing is found, in memory and on disk; without it this."""
+    assert lived(root / "memory", steps) == []
+    assert lived(root / "disk", steps, rocksdb=True) == []
+    without = lived_without(root / "without", safeguard, steps)
+    assert any(finding.startswith(found) for finding in without), without
+
+
+def test_without_one_write_for_profiles_and_position_folded_events_are_lost(tmp_path: Path) -> None:
+    steps = [("start", 0, OLD), *ORDERS, ("progress",), ("crash", 0, 0, [LOST], OLD)]
+    fails_without(bugs.one_write_for_profiles_and_position, tmp_path, steps, "differing: profile")
+
+
+def test_without_seen_what_is_sent_again_is_predicted_again(tmp_path: Path) -> None:
+    steps = [("start", 0, OLD), *ORDERS, *folded(0), ("crash", 0, 0, [ARRIVED], OLD)]
+    fails_without(bugs.seen, tmp_path, steps, "predicted for nothing")
+
+
+def test_without_seen_stored_with_the_position_a_restart_forgets_it(tmp_path: Path) -> None:
+    """One worker crashes and sends again what the other has folded, stored, and opened again."""
+    steps = [
+        ("start", 0, OLD), ("start", 1, NEW), *ORDERS,
+        *folded(0), *folded(1), *folded(0), ("crash", 0, 0, [ARRIVED], OLD),
+    ]  # fmt: skip
+    fails_without(bugs.seen_with_the_position, tmp_path, steps, "predicted for nothing")
+
+
+def test_without_previous_a_hole_passes_in_silence(tmp_path: Path) -> None:
+    steps = [("start", 0, OLD), ("hole", 0), *ORDERS, ("progress",)]
+    fails_without(bugs.previous, tmp_path, steps, "lost on the way: event")
+
+
+def test_without_acknowledgement_before_the_flush_what_was_in_flight_is_lost(tmp_path: Path) -> None:
+    steps = [
+        ("start", 0, OLD), *ORDERS, *folded(0), ("flush", 0), ("crash", 0, 9, [LOST], OLD)
+    ]  # fmt: skip
+    fails_without(bugs.acknowledgement_before_the_flush, tmp_path, steps, "lost: the prediction")
+
+
+def test_without_acknowledgement_before_the_routers_position_a_label_is_lost(tmp_path: Path) -> None:
+    steps = [
+        ("start", 0, OLD), *ORDERS, ("progress",), label(0, SHOPS[0][0], 0, "1", 0),
+        ("poll", 0, 100, ALL, True), ("commit", 0), ("crash", 0, 9, [LOST], OLD),
+    ]  # fmt: skip
+    fails_without(bugs.acknowledgement_before_the_routers_position, tmp_path, steps, "lost on the way: label")
+
+
+def test_without_the_tail_what_is_out_is_predicted_again(tmp_path: Path) -> None:
+    steps = [("start", 0, OLD), *ORDERS, *[("progress",)] * 2, ("crash", 0, 0, [LOST], OLD)]
+    fails_without(bugs.the_tail, tmp_path, steps, "doubled: 2 predictions")
+
+
+def test_without_the_fence_a_zombie_predicts_what_its_successor_did(tmp_path: Path) -> None:
+    steps = [("start", 0, OLD), *ORDERS, *folded(0), ("zombie", 0, OLD), ("progress",)]
+    fails_without(bugs.the_fence, tmp_path, steps, "doubled: 2 predictions")
+
+
+def test_without_the_fence_before_the_tail_a_zombie_comes_between(tmp_path: Path) -> None:
+    steps = [("start", 0, OLD), *ORDERS, *folded(0), ("ambush",), ("zombie", 0, OLD), ("progress",)]
+    fails_without(bugs.the_fence_before_the_tail, tmp_path, steps, "doubled: 2 predictions")
+
+
+def test_without_the_epoch_of_polls_a_position_leaps(tmp_path: Path) -> None:
+    """The partition is opened again from further back, while something is polled from where it was."""
+    steps = [
+        ("start", 0, OLD), ("hole", 0), *ORDERS, *[("progress",)] * 2, *MORE, ("poll", 0, 100, ALL, False),
+        ("control",), ("handle", 0),
+    ]  # fmt: skip
+    fails_without(bugs.the_epoch_of_polls, tmp_path, steps, "differing: profile")
