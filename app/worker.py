@@ -298,14 +298,7 @@ class Worker:
         pipeline = self.pipeline
         self.producer = Producer(self.address, f"headrace-{pipeline.instance}", self.settings.delivery)
         await self.producer.start(kafka.wanted_topics(pipeline))
-        self.outbox = Outbox(self.producer, self._now_ms, stop_at_once)
-        self.score = Score(pipeline, self.stages[-1], self.model, self.outbox, self._reject)
-        if pipeline.labels is not None and any(e.labelled for e in pipeline.entities):
-            self.route = Route(pipeline, self.outbox, self._reject_record, self._counts)
-        self.flush = Flush(
-            self.stages, self.route, self.outbox, self.partitions.committed,
-            pipeline.labels.topic if pipeline.labels else None, self.settings.profiles_mib * 2**20,
-        )  # fmt: skip
+        self.wire()
         self.control = Control(
             self.address, pipeline.control, self.in_step, self.stages, self.outbox,
             sum(self._counts[topic] for group in _in_step(pipeline) for topic in group),
@@ -327,6 +320,18 @@ class Worker:
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
         self.watchdog.start()
+
+    def wire(self) -> None:
+        """Make what lies between the logs and the producer, which is there by now."""
+        pipeline = self.pipeline
+        self.outbox = Outbox(self.producer, self._now_ms, stop_at_once)
+        self.score = Score(pipeline, self.stages[-1], self.model, self.outbox, self._reject)
+        if pipeline.labels is not None and any(e.labelled for e in pipeline.entities):
+            self.route = Route(pipeline, self.outbox, self._reject_record, self._counts)
+        self.flush = Flush(
+            self.stages, self.route, self.outbox, self.partitions.committed,
+            pipeline.labels.topic if pipeline.labels else None, self.settings.profiles_mib * 2**20,
+        )  # fmt: skip
 
     async def stop(self) -> None:
         """In good order: nothing that was folded has to be folded again."""

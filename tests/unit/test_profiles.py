@@ -123,7 +123,7 @@ class Life:
 
     def _open(self, path: Path, definition: str) -> Mortal:
         if path not in self._stores:
-            self._stores[path] = Mortal(path, definition)
+            self._stores[path] = Mortal(Store(path, definition))
         return self._stores[path]
 
     def run(self, steps: Sequence[tuple[str, Any]]) -> Results:
@@ -789,7 +789,7 @@ def test_duplicates_are_told_from_news(tmp_path: Path) -> None:
 def test_a_mortal_store_loses_what_was_not_flushed(tmp_path: Path) -> None:
     """Else the crashes above would be none."""
     for kept, position in [(0, 1), (1, 2), (2, 3)]:
-        store = Mortal(tmp_path / str(kept), "d1")
+        store = Mortal(Store(tmp_path / str(kept), "d1"))
         store.write(Snapshot(0, Progress(1), [(b"a", b"1")]))
         store.flush()
         store.write(Snapshot(0, Progress(2), [(b"a", b"2")]))
@@ -799,4 +799,4 @@ def test_a_mortal_store_loses_what_was_not_flushed(tmp_path: Path) -> None:
         for _ in range(2):  # for the next owner here, and from disk
             assert ((store.progress or Progress(0)).position, store.get(b"a")) == (position, b"%d" % position)
             store.close()
-            store = Mortal(tmp_path / str(kept), "d1")
+            store = Mortal(Store(tmp_path / str(kept), "d1"))
