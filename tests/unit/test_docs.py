@@ -327,3 +327,10 @@ def test_the_schema_file_is_the_code_s() -> None:
 def test_no_path_of_a_machine_is_in_a_page() -> None:
     for path in PAGES:
         assert not re.search(r"(?<![\w.])/(?:root|home|work|tmp)/", path.read_text(encoding="utf-8")), path
+
+
+def test_the_tests_that_the_proof_names_exist() -> None:
+    tests = "\n".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", page("proof.md"))
+    assert len(named) > 20
+    assert [name for name in named if f"def {name}(" not in tests] == []
