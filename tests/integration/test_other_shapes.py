@@ -77,11 +77,9 @@ async def test_one_entity_text_ids_iso_times_floats_and_nulls(
     lifecycle.train(pipeline, tmp_path / "features.parquet", world.models_root, lambda step: None)
     tape = replay.tape(tmp_path / "logins.parquet", pipeline)
     await session.fresh(world, pipeline, addresses)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HEADRACE_PIPELINES", str(tmp_path))
-        worker = session.Process(world, pipeline, "worker")
-        worker.start()
+    worker = session.Process(world.model_copy(update={"pipelines": tmp_path}), pipeline, "worker")
     try:
+        worker.start()
         await worker.ready()
         run = Run(world, pipeline, addresses, worker)
         await run.publish(tape)

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
