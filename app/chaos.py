@@ -182,7 +182,7 @@ class Run:
         self._predicted: set[int] = set()
         self._arrivals: dict[int, list[float]] = {p: [] for p in range(settings.partitions)}
         self._done: list[tuple[str, float]] = []  # faults carried out: kind, and when it began
-        self._fleet = faults.Fleet(settings, pipeline, self._note, summary.apart)
+        self._fleet = faults.Fleet(settings, pipeline, addresses, self._note, summary.apart)
         own = {"kafka": not settings.kafka, "redis": not settings.redis_url}
         kinds = [k for k, kind in faults.KINDS.items() if kind.needs is None or own[kind.needs]]
         summary.left_out = sorted(faults.KINDS.keys() - kinds)

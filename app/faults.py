@@ -123,9 +123,11 @@ class Fleet:
     """
 
     def __init__(
-        self, settings: Settings, pipeline: Pipeline, note: Callable[[dict[str, Any]], None], apart: bool
-    ) -> None:
-        self._settings, self._pipeline, self._note, self._apart = settings, pipeline, note, apart
+        self, settings: Settings, pipeline: Pipeline, addresses: services.Addresses,
+        note: Callable[[dict[str, Any]], None], apart: bool,
+    ) -> None:  # fmt: skip
+        self._settings, self._pipeline, self._addresses = settings, pipeline, addresses
+        self._note, self._apart = note, apart
         self._members: list[_Member] = []
         self._made = 0
         self.self_stops = 0
@@ -138,6 +140,8 @@ class Fleet:
         if self._apart:
             root = self._settings.data_root
             environment = {
+                "HEADRACE_KAFKA": self._addresses.kafka,
+                "HEADRACE_REDIS_URL": self._addresses.redis_url,
                 "HEADRACE_DATA_ROOT": str(root / "apart" / str(self._made)),
                 "HEADRACE_CHECKPOINTS": str(root / "checkpoints"),
                 "HEADRACE_CHECKPOINT_EVERY_S": str(APART_CHECKPOINT_S),
