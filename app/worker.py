@@ -440,10 +440,17 @@ class App(faust.App):  # type: ignore[misc]
 
 def create_worker(worker: Worker) -> App:
     """The Faust application of one worker process."""
+    folder = worker.settings.data_root / "faust"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # Faust makes no parents
+    except OSError as error:
+        raise HeadraceError(
+            f"The folder {folder} cannot be made ({error}); set HEADRACE_DATA_ROOT to where the worker may write."
+        ) from None
     app = App(
         kafka.group_of(worker.pipeline),
         broker=[f"{faust_batches.SCHEME}://{server}" for server in worker.address.split(",")],
-        datadir=str(worker.settings.data_root / "faust"),
+        datadir=str(folder),
         Topic=faust_batches.Topic,
         store="memory://",
         web_enabled=False,

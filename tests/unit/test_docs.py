@@ -302,6 +302,12 @@ def test_anchors_are_headings() -> None:
             assert anchor in headings, f"{path.name}: {target}#{anchor}"
 
 
+def test_every_safeguard_has_its_test() -> None:
+    rows = re.findall(r"^\|.*\| `(\w+)` \|$", page("proof.md"), re.MULTILINE)
+    source = (REPOSITORY / "tests" / "unit" / "test_exactness.py").read_text(encoding="utf-8")
+    assert sorted(rows) == sorted(re.findall(r"^def (test_without_\w+)\(", source, re.MULTILINE))
+
+
 def test_nothing_is_left_to_be_filled_in() -> None:
     marker = "TB" + "D"
     for path in PAGES:

@@ -126,8 +126,9 @@ _EVENTS = st.tuples(
     st.integers(0, 5),
 )
 _SLOT = st.integers(0, SLOTS - 1)
-_WHICH = st.sampled_from([ALL, ALL]) | st.integers(0, 2 ** (3 * PARTITIONS) - 1)
+_WHICH = st.sampled_from([ALL, ALL, ALL]) | st.integers(0, 2 ** (3 * PARTITIONS) - 1)
 _MACHINE = st.sampled_from([OLD, OLD, NEW])
+_FATES = st.lists(st.sampled_from([LOST, ARRIVED, LATE]), min_size=1, max_size=4)
 _BAD = [b"", b"junk", order(1, AMOUNT=0.001), order(2, CUSTOMER=CUSTOMERS[0][0])]
 
 
@@ -135,10 +136,29 @@ def _step(name: str, *how: st.SearchStrategy[Any]) -> st.SearchStrategy[Step]:
     return st.tuples(st.just(name), *how)
 
 
+# What a worker does in the course of things, and what befalls it.
+_POLL = _step(
+    "poll", _SLOT, st.sampled_from([100, 100, 1, 3]), _WHICH, st.sampled_from([True, True, True, False])
+)
+_WORK = st.one_of(
+    _POLL, _POLL, _POLL, _step("arrive", _SLOT, _WHICH), _step("arrive", _SLOT, _WHICH),
+    _step("acknowledge", _SLOT), _step("acknowledge", _SLOT), _step("flush", _SLOT), _step("progress"),
+    _step("handle", _SLOT), _step("commit", _SLOT),
+    st.one_of(_step("durable", _SLOT), _step("evict", _SLOT), _step("late", st.integers(0, 3)), _step("control")),
+)  # fmt: skip
+_FATE = st.one_of(
+    _step("crash", _SLOT, st.integers(0, 3), _FATES, st.none() | _MACHINE),
+    _step("crash", _SLOT, st.integers(0, 3), _FATES, st.none() | _MACHINE),
+    _step("zombie", _SLOT, st.none() | _MACHINE), _step("zombie", _SLOT, st.none() | _MACHINE),
+    _step("start", _SLOT, _MACHINE), _step("stop", _SLOT), _step("move"),
+    _step("ambush"), _step("hole", st.integers(0, PARTITIONS - 1)),
+)  # fmt: skip
+
+
 @st.composite
 def histories(draw: st.DrawFn) -> list[Step]:
     """Events come in order, late, twice; labels flip and come early; workers do all that they may, and die."""
-    specs = draw(st.lists(_EVENTS, min_size=4, max_size=16))
+    specs = draw(st.lists(_EVENTS, min_size=6, max_size=16))
     events = [
         event(id, CUSTOMERS[p][c], name, hours, items) for id, (p, c, name, hours, items) in enumerate(specs)
     ]
@@ -147,29 +167,17 @@ def histories(draw: st.DrawFn) -> list[Step]:
         for id, (_, _, name, hours, _) in enumerate(specs)
         for state in ("1", "0", "null")
     ]
-    publish = st.sampled_from(events) | st.sampled_from(events) | st.sampled_from(labels)
     bad = st.tuples(st.just("publish"), st.sampled_from([STREAM, LABELS]), st.just(1), st.sampled_from(_BAD))
-    poll = _step("poll", _SLOT, st.integers(1, 4), _WHICH, st.sampled_from([True, True, False]))
-    fates = st.lists(st.sampled_from([LOST, ARRIVED, LATE]), min_size=1, max_size=4)
-    steps = st.one_of(
-        publish, publish, publish, bad, poll, poll, poll,
-        _step("arrive", _SLOT, _WHICH), _step("arrive", _SLOT, _WHICH),
-        _step("acknowledge", _SLOT), _step("acknowledge", _SLOT),
-        _step("flush", _SLOT), _step("progress"),
-        st.one_of(
-            _step("handle", _SLOT), _step("durable", _SLOT), _step("commit", _SLOT), _step("evict", _SLOT),
-            _step("late", st.integers(0, 3)), _step("ambush"), _step("control"),
-            _step("hole", st.integers(0, PARTITIONS - 1)),
-        ),
-        st.one_of(
-            _step("crash", _SLOT, st.integers(0, 3), fates, st.none() | _MACHINE),
-            _step("crash", _SLOT, st.integers(0, 3), fates, st.none() | _MACHINE),
-            _step("zombie", _SLOT, st.none() | _MACHINE),
-            _step("start", _SLOT, _MACHINE), _step("stop", _SLOT), _step("move"),
-        ),
-    )  # fmt: skip
-    some = draw(st.lists(st.sampled_from(events), max_size=12))
-    return [("start", 0, OLD), *some, *draw(st.lists(steps, min_size=5, max_size=40))]
+    some = st.sampled_from(events)
+    publish = st.lists(st.one_of(some, some, some, st.sampled_from(labels), bad), min_size=1, max_size=8)
+    steps: list[Step] = [("start", 0, OLD)]
+    for _ in range(draw(st.integers(1, 4))):
+        steps += [
+            *draw(publish),
+            *draw(st.lists(_WORK, min_size=1, max_size=10)),
+            *draw(st.lists(_FATE, min_size=1, max_size=2)),
+        ]
+    return steps
 
 
 @given(histories())
