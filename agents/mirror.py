@@ -119,7 +119,7 @@ class MirrorAgent:
 
     async def _mark(self, stage: Profiles, reached: dict[Store, int], look: bool) -> None:
         news = {
-            partition: reached[store]
+            partition: (self._marked[store], reached[store])
             for partition, store in stage.stores.items()
             if store in reached and store in self._marked and (look or self._marked[store] != reached[store])
         }
@@ -128,10 +128,11 @@ class MirrorAgent:
         stores = {partition: stage.stores[partition] for partition in news}
         for partition, before in zip(news, await self._mirror.mark(stage.entity, news), strict=True):
             store = stores[partition]
-            if (before or 0) < self._marked.get(store, 0):  # lost, or a copy of some time ago
+            expected, reached_now = news[partition]
+            if (before or 0) < expected:  # lost, or a copy of some time ago
                 self._anew(stage, partition, store)
-            else:
-                self._marked[store] = news[partition]
+            elif (before or 0) == expected:  # else another owner has come farther
+                self._marked[store] = reached_now
 
     def _anew(self, stage: Profiles, partition: int, store: Store) -> None:
         log.warning(
@@ -155,8 +156,9 @@ class MirrorAgent:
             if store not in self._rebuilding:
                 return
             if last is None:
+                (mark,) = await self._mirror.marks(stage.entity, [partition])
+                await self._mirror.mark(stage.entity, {partition: (mark or 0, reached[store])})
                 del self._rebuilding[store]
                 self._marked[store] = reached[store]
-                await self._mirror.mark(stage.entity, {partition: reached[store]})
             else:
                 self._rebuilding[store] = last

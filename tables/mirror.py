@@ -47,6 +47,21 @@ end
 return written
 """
 
+# KEYS: marks. ARGV: definition, then for each mark the position expected and the new one. A mark that is
+# not as expected stays: who lost it has to write all anew before it may say otherwise.
+_MOVE = """
+local found = {}
+for i, key in ipairs(KEYS) do
+  local old = redis.call('GET', key) or ''
+  local position = string.match(old, '^' .. ARGV[1] .. ' (%d+)$') or 0
+  if tonumber(position) == tonumber(ARGV[2 * i]) then
+    redis.call('SET', key, ARGV[1] .. ' ' .. ARGV[2 * i + 1])
+  end
+  found[i] = old
+end
+return found
+"""
+
 AT_ONCE = 200  # profiles in one call: about a millisecond of Redis
 SCAN_KEYS, SCAN_ROUNDS = 1000, 200  # a sample looks at so many keys of anybody's at most: a second of Redis
 
@@ -70,6 +85,7 @@ class Mirror:
         self._prefix = f"headrace:{pipeline.instance}:"
         self._definition = pipeline.definition
         self._write = client.register_script(_WRITE)
+        self._move = client.register_script(_MOVE)
 
     def key(self, entity: Entity, id_: bytes) -> bytes:
         return f"{self._prefix}{entity.name}:".encode() + id_
@@ -106,12 +122,14 @@ class Mirror:
         found: Any = await self._client.mget([self._mark(entity, p) for p in partitions])
         return [self._position(value) for value in found]
 
-    async def mark(self, entity: Entity, positions: Mapping[int, int]) -> list[int | None]:
-        """Say up to which position each partition is mirrored. Returns what was said before."""
-        async with self._client.pipeline(transaction=False) as pipe:
-            for partition, position in positions.items():
-                pipe.set(self._mark(entity, partition), f"{self._definition} {position}", get=True)
-            return [self._position(value) for value in await pipe.execute()]
+    async def mark(self, entity: Entity, moves: Mapping[int, tuple[int, int]]) -> list[int | None]:
+        """Say up to which position each partition is mirrored, where what was said is as expected.
+
+        moves: by partition, the position expected (0: none) and the new one. Returns what was said before.
+        """
+        arguments: list[str | int] = [self._definition, *(position for move in moves.values() for position in move)]
+        found: Any = await self._move([self._mark(entity, p) for p in moves], arguments)
+        return [self._position(value) for value in found]
 
     def _mark(self, entity: Entity, partition: int) -> str:
         return f"{self._prefix}_mirrored:{entity.name}:{partition}"

@@ -334,6 +334,7 @@ class Profiles:
 
     def _degraded(self, batch: Batch, logs: Ints) -> Mask:
         """Which values lack what retention has cut. Follows the clocks of the partitions on the way."""
+        before = self._clock.copy()
         np.maximum.at(self._clock, logs, batch.clocks)
         result = np.zeros(len(batch), np.bool_) if batch.degraded is None else batch.degraded
         if self._degraded_until.max() == NULL:
@@ -342,9 +343,10 @@ class Profiles:
             first = batch.clocks[logs == partition]
             if len(first):
                 self._degraded_until[partition] = until = int(first[0]) + self._reach
+                since = "before" if before[partition] == NULL else f"from {_utc(int(before[partition]))} to"
                 log.warning(
-                    "%s partition %d has lost what happened before %s: values are marked as degraded until "
-                    "the events of %s", self.entity.log, partition, _utc(int(first[0])), _utc(until),
+                    "%s partition %d has lost what happened %s %s: values are marked as degraded until "
+                    "the events of %s", self.entity.log, partition, since, _utc(int(first[0])), _utc(until),
                 )  # fmt: skip
         return result | (batch.times < self._degraded_until[logs])
 

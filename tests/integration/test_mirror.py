@@ -180,10 +180,30 @@ async def test_a_copy_of_some_time_ago_is_noticed(bench: Bench) -> None:
     bench.flush()
     await bench.settled()
     await bench.mirror.clear()
-    await bench.mirror.mark(bench.entity, {0: 2})
+    await bench.mirror.mark(bench.entity, {0: (0, 2)})
     bench.agent._looked = 0.0
     await bench.settled()
     assert await bench.counts(1, 2, 3) == [2, 1, 1]
+
+
+async def test_who_does_not_finish_leaves_it_to_the_next(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis lost its data, the owner noticed, and went before all was written anew."""
+    bench.fold(1, 2)
+    bench.flush()
+    await bench.settled()
+    await bench.mirror.clear()
+    bench.fold(3)
+    bench.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror_agent, "REBUILD_S", 0.0)
+        await bench.agent.once()
+    assert bench.agent.rebuilding == 1
+    bench.profiles.close(0)
+    bench.begin()
+    await bench.settled()
+    assert await bench.counts(1, 2, 3) == [1, 1, 1]
 
 
 async def test_what_an_owner_flushed_and_had_not_mirrored_its_successor_writes(bench: Bench) -> None:
