@@ -375,6 +375,7 @@ def test_what_the_mirror_reads_from_the_store_takes_no_slot_of_others(tmp_path: 
     for snapshot in profiles.snapshots():
         profiles.write(snapshot)
     profiles.close(0)
+    profiles = customers(tmp_path)  # a new owner, with room for few
     profiles.start_at(0, profiles.open(0) or 0)
     assert profiles.owe(0, b"", 300) is not None
     assert len(profiles.touched(300).keys) == 300
