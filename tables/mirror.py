@@ -127,7 +127,10 @@ class Mirror:
 
         moves: by partition, the position expected (0: none) and the new one. Returns what was said before.
         """
-        arguments: list[str | int] = [self._definition, *(position for move in moves.values() for position in move)]
+        arguments: list[str | int] = [
+            self._definition,
+            *(position for move in moves.values() for position in move),
+        ]
         found: Any = await self._move([self._mark(entity, p) for p in moves], arguments)
         return [self._position(value) for value in found]
 
