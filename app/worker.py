@@ -46,7 +46,7 @@ from models.pipeline import Pipeline
 from models.records import RecordCodec
 from models.scoring import Model
 from tables import homes
-from tables.mirror import Mirror, connect
+from tables.mirror import Mirror, RedisError, connect
 from tables.profiles import Applied, Profiles, Record
 from tables.store import Store
 
@@ -173,7 +173,7 @@ class Partitions:
         self.held = set()
         await worker.flush.once()
         await worker.flush.durable()
-        with contextlib.suppress(Exception):  # Redis may be away; the next owner writes it
+        with contextlib.suppress(RedisError, OSError):  # Redis is away or slow; the next owner writes it
             await asyncio.wait_for(worker.mirror.once(), MIRROR_S)
         for stage in worker.stages:
             for partition in stage.partitions:
