@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
 from rich.console import Console
 
@@ -198,11 +199,18 @@ async def _catchup(load: _Load, late: float, alignment: float) -> dict[str, Any]
             load.report(f"{alone:,} predictions when the second worker starts")
             workers[1].start()
             await reader.until(tape.events, workers[0].check)
+        try:
+            cpu = sum([(await worker.metrics())["process_cpu_seconds_total"] for worker in workers])
+        except aiohttp.ClientError:
+            raise HeadraceError(
+                "The first worker was through before the second came: take more --customers."
+            ) from None
     finally:
         for worker in workers:
             worker.stop()
     return {
         "predictions": len(reader.ids),
+        "cpu_us_per_event": round(cpu / len(reader.ids) * 1e6, 2),
         "alone": alone,
         "events_per_s": round(len(reader.ids) / (max(reader.arrived) - began), 1),
         "lead_s": (await verify.lead(pipeline, address)) / 1000,

@@ -1,6 +1,6 @@
 """What the workers of an instance tell each other, on a small compacted topic.
 
-    low/<topic>/<partition>                 how far a partition is that catches up (agents.in_step)
+    lows/<topic>/<partition>                how far the worker is whose first partition this is (agents.in_step)
     missing/<log>/<partition>/<source>      behind which offset a record of this source did not come
 
 Nothing here decides a value. A worker that hears nothing of how far others are goes on after a bound;
@@ -28,13 +28,21 @@ REPEAT_S = 5.0  # well within IDLE_S
 
 
 class Word(msgspec.Struct):
-    """offset or time, by the kind of message; null: no more of it."""
+    """Behind which offset a record is missing; null: no more."""
 
     worker: str
     value: int | None
 
 
+class Lows(msgspec.Struct):
+    """By `topic/partition` the lowest time that it has yet to pass, ms; null: it is at its log's end."""
+
+    worker: str
+    lows: dict[str, int | None]
+
+
 _decode = msgspec.json.Decoder(Word).decode
+_decode_lows = msgspec.json.Decoder(Lows).decode
 
 
 def missing(record: Any) -> tuple[tuple[str, int, int], int | None] | None:
@@ -49,65 +57,59 @@ def missing(record: Any) -> tuple[tuple[str, int, int], int | None] | None:
 
 
 class Control:
-    """places: how many partitions all workers together keep in step; who has them all tells nobody.
-
-    replay: told the stage number (-1 the router), the partition and the offset behind which its outputs
+    """replay: told the stage number (-1 the router), the partition and the offset behind which its outputs
     are missing somewhere.
     """
 
     def __init__(
-        self, address: str, topic: str, in_step: InStep, stages: Sequence[Profiles], outbox: Outbox, places: int,
+        self, address: str, topic: str, in_step: InStep, stages: Sequence[Profiles], outbox: Outbox,
         replay: Callable[[int, int, int], Awaitable[None]],
     ) -> None:  # fmt: skip
         self._address, self._topic = address, topic
-        self._in_step, self._stages, self._outbox, self._places = in_step, stages, outbox, places
+        self._in_step, self._stages, self._outbox = in_step, stages, outbox
         self._replay = replay
         self._worker = uuid.uuid4().hex
-        self._others: dict[Place, tuple[int, float]] = {}
-
-    def others(self) -> dict[Place, int]:
-        """By partition, the lowest time that it has yet to pass at another worker, ms."""
-        now = time.monotonic()
-        return {place: low for place, (low, at) in self._others.items() if now - at < IDLE_S}
 
     async def listen(self) -> None:
         """Hear what is said, for ever."""
         began = time.time() * 1000
         async for record in kafka.follow(self._address, self._topic):
-            kind, *rest = (record.key or b"").decode().split("/")
-            word = _decode(record.value)
-            if kind == "low" and word.worker != self._worker:
-                place = (rest[0], int(rest[1]))
-                if word.value is None:
-                    self._others.pop(place, None)
-                else:
-                    self._others[place] = (word.value, time.monotonic())
+            if (record.key or b"").startswith(b"lows/"):
+                if record.timestamp < began - IDLE_S * 1000:
+                    continue  # of a worker of old
+                word = _decode_lows(record.value)
+                for name, low in word.lows.items() if word.worker != self._worker else ():
+                    topic, _, partition = name.rpartition("/")
+                    self._in_step.hear((topic, int(partition)), low, time.monotonic())
             elif (said := missing(record)) is not None and record.timestamp > began:
                 (log, _, source), highest = said
-                partition, writer = divmod(source, 2)
+                writers_partition, writer = divmod(source, 2)
                 stage = -1 if writer == FROM_LABELS else self._number(log) - 1
                 if highest is not None:
-                    await self._replay(stage, partition, highest)
+                    await self._replay(stage, writers_partition, highest)
 
     async def tell_lows(self) -> None:
         """Tell the others how far we are, for ever."""
-        told: dict[Place, int] = {}
-        repeated = 0.0
+        told: dict[Place, int | None] = {}
+        starts, repeated = 0, 0.0
         while True:
             await asyncio.sleep(TELL_S)
-            if self._in_step.size in (0, self._places):
+            if not self._in_step.shared:
                 continue
             now = time.monotonic()
-            if now - repeated > REPEAT_S:
-                told, repeated = {}, now
             lows = self._in_step.lows(now)
-            news: dict[Place, int | None] = {p: low for p, low in lows.items() if told.get(p) != low}
-            news |= {p: None for p in told if p not in lows}
-            if news:
-                await self._outbox.acknowledged()  # what these times say has been handed on has arrived
-                for (topic, partition), low in news.items():
-                    self._say(f"low/{topic}/{partition}", low)
-            told = lows
+            again = now - repeated > REPEAT_S and any(low is not None for low in lows.values())
+            if self._in_step.starts == starts and not again and not self._in_step.differ(told, lows):
+                continue
+            starts = self._in_step.starts
+            await self._outbox.acknowledged()  # what these times say has been handed on has arrived
+            if self._in_step.starts == starts:
+                topic, partition = min(lows)
+                words = Lows(self._worker, {f"{t}/{p}": low for (t, p), low in lows.items()})
+                self._say(f"lows/{topic}/{partition}", words)
+                told, repeated = lows, now
+            else:
+                starts = 0  # other partitions are ours now
 
     async def tell_missing(self) -> None:
         """Ask for what is missing, for ever."""
@@ -119,14 +121,14 @@ class Control:
                 for (partition, source), highest in stage.gaps.items()
             }
             for key in asked - now.keys():
-                self._say(key, None)
+                self._say(key, Word(self._worker, None))
             for key, highest in now.items():
-                self._say(key, highest)
+                self._say(key, Word(self._worker, highest))
             asked = set(now)
             await asyncio.sleep(REPEAT_S)
 
     def _number(self, log: str) -> int:
         return [stage.entity.log for stage in self._stages].index(log)
 
-    def _say(self, key: str, value: int | None) -> None:
-        self._outbox.put(self._topic, 0, key.encode(), msgspec.json.encode(Word(self._worker, value)))
+    def _say(self, key: str, said: Word | Lows) -> None:
+        self._outbox.put(self._topic, 0, key.encode(), msgspec.json.encode(said))

@@ -45,9 +45,6 @@ class Positions(Protocol):
     first: tuple[str, ...]  # topics whose records go before others of the same poll
     in_step: InStep
 
-    def others(self) -> Mapping[Place, int]:
-        """By partition, the lowest time that it has yet to pass at another worker (agents.in_step)."""
-
     async def take(self, committed: Mapping[TP, int | None], consumer: Consumer) -> Mapping[TP, int]:
         """Open what was assigned, given what the group committed. Returns the next offset of each."""
 
@@ -185,9 +182,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             tp: in_step.offer(tp.topic, tp.partition, records, self.highwater(tp), now)
             for tp, records in found.items()
         }
-        return {tp: records for tp, records in passed.items() if records} | in_step.take(
-            self.positions.others(), now
-        )
+        return {tp: records for tp, records in passed.items() if records} | in_step.take(now)
 
     def on_buffer_full(self, tp: TP) -> None:
         """Faust would stop fetching this one partition, which would put it behind the others.

@@ -25,7 +25,7 @@ from faust.types import TP
 
 from agents.checkpoint import CheckpointAgent
 from agents.flush import Flush
-from agents.in_step import InStep, Place
+from agents.in_step import InStep
 from agents.mirror import MirrorAgent
 from agents.outbox import Outbox
 from agents.route import Route
@@ -207,9 +207,6 @@ class Partitions:
         self._replays[tp] = (None, until)
         return start
 
-    def others(self) -> Mapping[Place, int]:
-        return self._worker.control.others()
-
     def committed(self, topic: str, partition: int, position: int) -> None:
         self.committable[TP(topic, partition)] = position
 
@@ -249,7 +246,7 @@ class Worker:
         self._tasks: list[asyncio.Task[None]] = []
         self.stages = [self._profiles(number) for number in range(len(pipeline.entities))]
         self.by_log = {stage.entity.log: stage for stage in self.stages}
-        self.in_step = InStep(_in_step(pipeline), round(settings.alignment_s * 1000))
+        self.in_step = InStep(_in_step(pipeline), self._counts, round(settings.alignment_s * 1000))
         self.partitions = Partitions(self, self.address)
         self._mirror = Mirror(connect(addresses.redis_url), pipeline)
         self.mirror = MirrorAgent(self.stages, self._mirror)
@@ -300,9 +297,7 @@ class Worker:
         await self.producer.start(kafka.wanted_topics(pipeline))
         self.wire()
         self.control = Control(
-            self.address, pipeline.control, self.in_step, self.stages, self.outbox,
-            sum(self._counts[topic] for group in _in_step(pipeline) for topic in group),
-            self.partitions.replay,
+            self.address, pipeline.control, self.in_step, self.stages, self.outbox, self.partitions.replay,
         )  # fmt: skip
         for stage in self.stages:
             stage.warm()

@@ -12,7 +12,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import NewTopic
 from faust.types import TP
 
-from agents.in_step import InStep, Place
+from agents.in_step import InStep
 from agents.outbox import Outbox
 from app import faust_batches, kafka
 from app.local.services import Addresses
@@ -30,10 +30,7 @@ class Positions:
         self.committable: dict[TP, int] = {}
         self.first: tuple[str, ...] = ()
         self.taken = asyncio.Event()
-        self.in_step = InStep([], 0)
-
-    def others(self) -> dict[Place, int]:
-        return {}
+        self.in_step = InStep([], {}, 0)
 
     async def release(self) -> None:
         raise AssertionError("nobody asks for it")
