@@ -99,7 +99,7 @@ class _Run:
         self.stage = Profiles(
             pipeline.entities[0], lambda values, keys, sent: (self._batch, np.arange(len(values)), []),
             lambda partition, at_most: Store(folder / str(partition), pipeline.definition), partitions,
-            [f.name for f in pipeline.stream.numeric], mirrored=False,
+            pipeline.stream.numeric, mirrored=False,
         )  # fmt: skip
         self.stage.warm()
         for partition in range(partitions):

@@ -6,6 +6,7 @@ rebalances in between, is done here in one call per entity. Nothing may differ b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,10 @@ import numpy.typing as npt
 
 from app import kafka
 from models.events import Batch, EventDecoder, event_id, key_bytes
+from models.filters import Filters
 from models.history import History, arena_for, vectors_of
 from models.partitions import partitions_of
-from models.pipeline import Entity, Pipeline
+from models.pipeline import Entity, Field, Pipeline
 from models.predictions import Prediction, decode
 from models.records import NEVER, NEWS, RecordCodec, fresh, skew
 from models.vectors import Vectors
@@ -120,7 +122,6 @@ async def lead(pipeline: Pipeline, address: str) -> int:
 
 async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
     """The vectors of all events of the stream, by a fold of the logs in log order."""
-    numeric = [f.name for f in pipeline.stream.numeric]
     first = pipeline.entities[0]
     count = (await kafka.partitions_of(address, [first.log]))[first.log]
     records, logs, offsets = await _read(address, first.log)
@@ -128,7 +129,7 @@ async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
     batch, kept, _ = EventDecoder(pipeline).decode([r.value or b"" for r in records], sent)
     home = at_home(batch, logs[kept], count)
     batch, kept = batch.where(home), kept[home]
-    features, outcomes, latest = _fold(first, batch, numeric)
+    features, outcomes, latest = _fold(first, batch, pipeline.stream.numeric)
     on = np.flatnonzero(outcomes != DUPLICATE)
     order = on[np.argsort(batch.ids[on], kind="stable")]
     places = np.full((len(order), len(pipeline.entities), 2), -1, np.int64)
@@ -146,7 +147,7 @@ async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
         seen = np.full((int(logs.max(initial=0)) + 1, width), NEVER, np.int64)
         news = np.flatnonzero(fresh(logs[kept], batch.sources, batch.offsets, batch.previous, seen) == NEWS)
         batch, kept = batch.take(news), kept[news]
-        features, outcomes, latest = _fold(entity, batch, numeric)
+        features, outcomes, latest = _fold(entity, batch, pipeline.stream.numeric)
         expected.latest.append(latest)
         on = np.flatnonzero((batch.kinds == EVENT) & (outcomes != DUPLICATE))
         rows, known = expected.rows(batch.ids[on])
@@ -189,13 +190,22 @@ def at_home(batch: Batch, logs: Ints, count: int) -> npt.NDArray[np.bool_]:
     return home
 
 
-def _fold(entity: Entity, batch: Batch, numeric: list[str]) -> tuple[Floats, Any, Latest]:
+def _fold(entity: Entity, batch: Batch, fields: Sequence[Field]) -> tuple[Floats, Any, Latest]:
     codes: dict[Any, int] = {None: -1}
     slots = np.array([codes.setdefault(k, len(codes) - 1) for k in batch.keys], np.int64)
-    columns = np.array([numeric.index(v) for v in entity.values], np.int64)
+    names = [field.name for field in fields]
+    columns = np.array([names.index(v) for v in entity.values], np.int64)
     values = np.ascontiguousarray(batch.fields[:, columns])
     arena = arena_for(entity, slots)
-    features, outcomes = arena.fold(slots, batch.kinds, batch.times, batch.ids, values, batch.labels)
+    features, outcomes = arena.fold(
+        slots,
+        batch.kinds,
+        batch.times,
+        batch.ids,
+        values,
+        batch.labels,
+        Filters(entity, fields).of(batch.fields),
+    )
     del codes[None]
     newest = arena.newest(np.arange(len(codes)))
     used = np.flatnonzero(newest != NULL)  # a label that came before any event has made no values yet

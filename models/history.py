@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from models.filters import Filters
 from models.pipeline import Entity, Pipeline
 from models.vectors import Vectors
 from models.windows import EVENT, LABEL, Arena, Bytes, Floats, Ints
@@ -35,31 +36,40 @@ def fold_history(pipeline: Pipeline, history: History) -> Floats:
     A label takes its place right behind its event, so a feature sees it from its delay on.
     """
     features = []
-    numeric = [f.name for f in pipeline.stream.numeric]
+    stream = pipeline.stream
+    numeric = [f.name for f in stream.numeric]
     for entity in pipeline.entities:
         columns = np.array([numeric.index(v) for v in entity.values], np.int64)
         values = np.ascontiguousarray(history.fields[:, columns])
+        flags = Filters(entity, stream.numeric).of(history.fields)
         slots, labels = history.keys[entity.name], history.labels
         kinds = np.full(len(slots), EVENT, np.int8)
         if entity.labelled and labels is not None:
             folded, _ = fold_entity(
                 entity, np.repeat(slots, 2), np.tile(np.array([EVENT, LABEL], np.int8), len(slots)),
                 np.repeat(history.times, 2), np.repeat(history.ids, 2), np.repeat(values, 2, axis=0),
-                np.repeat(labels, 2),
+                np.repeat(labels, 2), np.repeat(flags, 2),
             )  # fmt: skip
             folded = folded[::2]
         else:
             none = np.zeros(len(slots), np.int8)
-            folded, _ = fold_entity(entity, slots, kinds, history.times, history.ids, values, none)
+            folded, _ = fold_entity(entity, slots, kinds, history.times, history.ids, values, none, flags)
         features.append(folded)
     return np.hstack(features)
 
 
 def fold_entity(
-    entity: Entity, codes: Ints, kinds: Bytes, times: Ints, ids: Ints, values: Ints, labels: Bytes
+    entity: Entity,
+    codes: Ints,
+    kinds: Bytes,
+    times: Ints,
+    ids: Ints,
+    values: Ints,
+    labels: Bytes,
+    flags: Ints,
 ) -> tuple[Floats, Bytes]:
     """Features and outcomes of one entity's records in this order. codes: keys as in History."""
-    return arena_for(entity, codes).fold(codes, kinds, times, ids, values, labels)
+    return arena_for(entity, codes).fold(codes, kinds, times, ids, values, labels, flags)
 
 
 def arena_for(entity: Entity, codes: Ints) -> Arena:

@@ -1,29 +1,18 @@
 """The fold in plain Python, to be checked by eye: what `models.windows` must equal to the bit.
 
-A profile is a list of rows in event-time order. Every window is summed afresh from the rows. It is
+A profile is a list of rows in event-time order. Every window is computed afresh from the rows. It is
 the oracle of the property tests and the plain statement of the rules; nothing serves from it.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from models.windows import (
-    COUNT,
-    DUPLICATE,
-    FOLDED,
-    LABEL_EARLY,
-    LABEL_STALE,
-    LABELLED,
-    LATE,
-    MEAN,
-    POSITIVE,
-    SHARE,
-    TOO_LATE,
-    UNKNOWN,
-    Aggregate,
-)  # fmt: skip
+from models import windows as w
+from models.aggregates import OF_ROWS, Aggregate
 
 
 @dataclass
@@ -31,59 +20,147 @@ class Row:
     time: int
     id: int
     values: list[int | None]
-    label: int = UNKNOWN
+    label: int = w.UNKNOWN
+    flags: int = 0
 
 
 @dataclass
 class Profile:
-    """One entity. retention: the longest delay + window, plus the allowed lateness, ms."""
+    """One entity. retention: the longest delay + window, plus the allowed lateness, ms.
+
+    hop: times count as the beginning of a cell of so many ms, and ids are not looked at; 0 for neither.
+    """
 
     aggregates: list[Aggregate]
     retention: int
+    hop: int = 0
     rows: list[Row] = field(default_factory=list)
     early: dict[tuple[int, int], int] = field(default_factory=dict)
     newest: int | None = None
+    ever: list[Row] = field(default_factory=list)  # of every event that was folded, for what counts for life
 
-    def event(self, time: int, id: int, values: list[int | None]) -> tuple[int, list[float]]:
+    def event(self, time: int, id: int, values: list[int | None], flags: int = 0) -> tuple[int, list[float]]:
         """Fold one event; its outcome, and the features as of its own time."""
-        if self._forgotten(time):
-            return TOO_LATE, self.read(time)
-        if any(row.id == id for row in self.rows):
-            return DUPLICATE, [math.nan] * len(self.aggregates)
-        late = self.newest is not None and time < self.newest
-        self.newest = time if self.newest is None else max(self.newest, time)
-        row = Row(time, id, values, self.early.pop((time, id), UNKNOWN))
+        at = time // self.hop * self.hop if self.hop else time
+        if self._forgotten(at):
+            return w.TOO_LATE, self.read(time)
+        if not self.hop and any(row.id == id for row in self.rows):
+            return w.DUPLICATE, [math.nan] * sum(a.width for a in self.aggregates)
+        late = self.newest is not None and at < self.newest
+        self.newest = at if self.newest is None else max(self.newest, at)
+        row = Row(at, id, values, self.early.pop((at, id), w.UNKNOWN), flags)
+        self.ever.append(row)
         self.rows = sorted([*self.rows, row], key=lambda r: r.time)  # stable: equal times keep log order
         self.rows = [r for r in self.rows if not self._forgotten(r.time)]
         self.early = {k: label for k, label in self.early.items() if not self._forgotten(k[0])}
-        return (LATE if late else FOLDED), self.read(time)
+        return (w.LATE if late else w.FOLDED), self.read(time)
 
     def label(self, time: int, id: int, state: int) -> int:
         """Set the label of the event (time, id), or let the label wait for it."""
         for row in self.rows:
             if (row.time, row.id) == (time, id):
                 row.label = state
-                return LABELLED
+                return w.LABELLED
         if self._forgotten(time):
-            return LABEL_STALE
+            return w.LABEL_STALE
         self.early[time, id] = state
-        return LABEL_EARLY
+        return w.LABEL_EARLY
 
     def read(self, time: int) -> list[float]:
-        return [self._value(a, time) for a in self.aggregates]
+        return [value for a in self.aggregates for value in self._values(a, time)]
 
     def _forgotten(self, time: int) -> bool:
         return self.newest is not None and time <= self.newest - self.retention
 
-    def _value(self, a: Aggregate, time: int) -> float:
-        newer, older = time - a.delay, time - a.delay - a.window
-        rows = [r for r in self.rows if older < r.time <= newer]
-        if a.kind == COUNT:
-            return float(len(rows))
-        if a.kind == SHARE:
-            return sum(r.label == POSITIVE for r in rows) / len(rows) if rows else 0.0
-        values = [v for r in rows if (v := r.values[a.value]) is not None]
-        total = float(sum(values))  # exact to 2**53, and above it rounded once, as the kernel does
-        if a.kind == MEAN:
-            return total / (len(values) * a.divisor) if values else math.nan
-        return total / a.divisor
+    def _values(self, a: Aggregate, time: int) -> list[float]:
+        newer = time - a.delay
+        if a.window is None:
+            rows = [r for r in self.ever if r.time <= newer or self._forgotten(r.time)]
+        else:
+            rows = [r for r in self.rows if newer - a.window < r.time <= newer]
+        rows = [r for r in rows if a.filter is None or r.flags >> a.filter & 1]
+        valued = [(r, 1 if a.kind in OF_ROWS else r.values[a.value]) for r in rows]
+        found = [(r, v) for r, v in valued if v is not None]
+        result = FORMULAS[a.kind](found, a, newer)
+        return (result + [math.nan] * a.width)[: a.width]
+
+
+# What counts, in event-time order, each row with its value (1 where the aggregate is of rows) in units of
+# 1 / divisor; the aggregate; the newer end of its window. A result that is shorter than `width` ends in NaN.
+Formula = Callable[[list[tuple[Row, int]], Aggregate, int], list[float]]
+
+
+def _sum(found: list[tuple[Row, int]], a: Aggregate, newer: int) -> list[float]:
+    return [float(sum(v for _, v in found)) / a.divisor]  # exact to 2**53, and above it rounded once
+
+
+def _mean(found: list[tuple[Row, int]], a: Aggregate, newer: int) -> list[float]:
+    return [float(sum(v for _, v in found)) / (len(found) * a.divisor)] if found else []
+
+
+def _variance(found: list[tuple[Row, int]], a: Aggregate, newer: int) -> list[float]:
+    """n * sum(v**2) - sum(v)**2 as an exact integer, over n**2: the variance of a population."""
+    if not found:
+        return []
+    n, divisor = float(len(found)), float(a.divisor)
+    spread = len(found) * sum(v * v for _, v in found) - sum(v for _, v in found) ** 2
+    exact = (
+        float(spread >> 90) * 2.0**90 + float(spread >> 30 & 2**60 - 1) * 2.0**30 + float(spread & 2**30 - 1)
+    )
+    return [exact / (n * n * divisor * divisor)]
+
+
+def _share(found: list[tuple[Row, int]], a: Aggregate, newer: int) -> list[float]:
+    return [sum(r.label == w.POSITIVE for r, _ in found) / len(found) if found else 0.0]
+
+
+def _coverage(found: list[tuple[Row, int]], a: Aggregate, newer: int) -> list[float]:
+    return [sum(r.label != w.UNKNOWN for r, _ in found) / len(found)] if found else []
+
+
+def _quantile(found: list[tuple[Row, int]], a: Aggregate, newer: int) -> list[float]:
+    """The least value that so large a part of all does not exceed: the nearest rank."""
+    values = sorted(v for _, v in found)
+    return [values[max(-(-len(values) * a.number // 1_000_000), 1) - 1] / a.divisor] if values else []
+
+
+def _most_frequent(found: list[tuple[Row, int]], a: Aggregate, newer: int) -> list[float]:
+    """By how often they occur, and of equally frequent ones the smaller first."""
+    counts = Counter(v for _, v in found)
+    return [v / a.divisor for v in sorted(counts, key=lambda v: (-counts[v], v))]
+
+
+def _decayed(found: list[tuple[Row, int]], a: Aggregate, newer: int) -> list[float]:
+    """Values times 2**(-age / half-life), weights rounded down to steps of a 4096th half-life and 1 / 2**24."""
+    total_high = total_low = 0
+    for row, value in found:
+        halvings, rest = divmod(newer - row.time, a.number)
+        step = rest * w.DECAY_STEPS // a.number
+        weight = round(2 ** (w.HALVINGS - step / w.DECAY_STEPS)) >> halvings
+        total_high += (value >> w.LOW_BITS) * weight
+        total_low += (value % 2**w.LOW_BITS) * weight
+    return [(float(total_high) * 2**w.LOW_BITS + float(total_low)) / (float(2**w.HALVINGS) * a.divisor)]
+
+
+FORMULAS: dict[int, Formula] = {
+    w.COUNT: lambda found, a, newer: [float(len(found))],
+    w.SUM: _sum,
+    w.MEAN: _mean,
+    w.VARIANCE: _variance,
+    w.STDDEV: lambda found, a, newer: [math.sqrt(v) for v in _variance(found, a, newer)],
+    w.RATE: lambda found, a, newer: [len(found) * a.number / (a.window or 1)],
+    w.SHARE: _share,
+    w.POSITIVES: lambda found, a, newer: [float(sum(r.label == w.POSITIVE for r, _ in found))],
+    w.COVERAGE: _coverage,
+    w.FIRST: lambda found, a, newer: [v / a.divisor for _, v in found[:1]],
+    w.LAST: lambda found, a, newer: [v / a.divisor for _, v in found[-1:]],
+    w.LAST_K: lambda found, a, newer: [v / a.divisor for _, v in reversed(found)],
+    w.MIN: lambda found, a, newer: [v / a.divisor for v in sorted(v for _, v in found)[:1]],
+    w.MAX: lambda found, a, newer: [v / a.divisor for v in sorted(v for _, v in found)[-1:]],
+    w.SINCE_LAST: lambda found, a, newer: [(newer - r.time) / 1000 for r, _ in found if r.time < newer][-1:],
+    w.DISTINCT: lambda found, a, newer: [float(len({v for _, v in found}))],
+    w.QUANTILE: _quantile,
+    w.MOST_FREQUENT: _most_frequent,
+    w.DECAYED_COUNT: _decayed,
+    w.DECAYED_SUM: _decayed,
+}

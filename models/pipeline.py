@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,14 +18,18 @@ from typing import Any, Literal, TypeVar
 import msgspec
 import yaml
 
-from models import expressions, windows
+from models import aggregates, expressions, windows
 from models.errors import HeadraceError
 
 # Raised when the meaning of an aggregate or the layout of a profile changes: every definition hash
 # changes with it, so no store, vector or model of another meaning is ever read.
-MEANING = 1
+MEANING = 2
+
+MOST_OF_A_LIST = 100
+MOST_FILTERS = 48  # each is a bit of a row's state
 
 _UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+LONGEST_MS = 4000 * _UNITS_MS["d"]
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,200}")
 _T = TypeVar("_T")
@@ -71,19 +75,39 @@ class LabelsSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class FeatureSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """An aggregate over (t - delay - window, t - delay]. `of`: the field, for sum, mean and share."""
+    """An aggregate over (t - delay - window, t - delay].
 
-    aggregate: Literal["count", "sum", "mean", "share"]
-    window: str
+    `of`: the field. `window`: a duration, or `lifetime`. `where`: only events of which this expression holds.
+    `by`: a field and some of its values: a feature for each, named NAME_value. `k`: how many, of last_k and
+    most_frequent: features NAME_1 to NAME_k. `quantile`: 0.5 for the median. `half_life`: of a decayed aggregate,
+    whose window is 24 of them. `per`: what a rate is per.
+    """
+
+    aggregate: Literal[
+        "count", "sum", "mean", "variance", "stddev", "rate", "share", "positives", "coverage", "first", "last",
+        "last_k", "min", "max", "since_last", "distinct", "quantile", "most_frequent", "decayed_count", "decayed_sum",
+    ]  # fmt: skip
+    window: str | None = None
     of: str | None = None
     delay: str = "0s"
+    where: str | None = None
+    by: dict[str, list[int | str]] | None = None
+    k: int | None = None
+    quantile: float | None = None
+    half_life: str | None = None
+    per: str | None = None
 
 
 class EntitySpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """What features are about. `key`: the field that names it; null gives no update and NaN features."""
+    """What features are about. `key`: the field that names it; null gives no update and NaN features.
+
+    `hop`: for keys with very many events: those of a cell of this length are kept as one row, and windows begin and
+    end with cells.
+    """
 
     key: str
     features: dict[str, Any]
+    hop: str | None = None
 
 
 class ModelSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -163,6 +187,8 @@ class Entity:
     log: str
     features: tuple[str, ...]
     values: tuple[str, ...]  # the fields that become value columns, in their order
+    filters: tuple[expressions.Expression, ...]
+    aggregates: tuple[aggregates.Aggregate, ...]
     labelled: bool
     plan: windows.Plan
 
@@ -472,68 +498,33 @@ class _Compiler:
         self, spec: PipelineSpec, stream: Stream, name: str, entity: EntitySpec, log: str, lateness: int,
         taken: set[str],
     ) -> Entity:  # fmt: skip
-        aggregates: list[windows.Aggregate] = []
-        values: list[str] = []
-        labelled = False
+        at = ("entities", name)
+        first = log == stream.topic
+        hop = 0 if entity.hop is None else self.duration(entity.hop, *at, "hop")
+        if entity.hop is not None and (hop <= 0 or first):
+            problem = "a hop is longer than 0; write 1s, 1m or the like." if hop <= 0 else (
+                "the first entity cannot have a hop, for it drops events that come twice, and cells have no ids; put "
+                "one without a hop before it."
+            )  # fmt: skip
+            raise self.fail((*at, "hop"), problem)
+        features = _Features(self, spec, stream, first, hop)
         for feature_name, data in entity.features.items():
-            at = ("entities", name, "features", feature_name)
-            self.new_name(feature_name, stream, at)
-            if feature_name in taken:
-                raise self.fail(at, "another feature or transform has this name; rename one.")
-            taken.add(feature_name)
-            feature = self.convert(data, FeatureSpec, *at)
-            window = self.duration(feature.window, *at, "window")
-            delay = self.duration(feature.delay, *at, "delay")
-            if window <= 0:
-                raise self.fail((*at, "window"), "a window is longer than 0; write 1h, 7d or the like.")
-            kind = windows.AGGREGATES[feature.aggregate]
-            value, divisor = 0, 1
-            if kind == windows.SHARE:
-                labelled = True
-                self.labelled(spec, feature, at, log == stream.topic, delay)
-            elif kind == windows.COUNT:
-                if feature.of is not None:
-                    raise self.fail((*at, "of"), "count counts events and takes no field; drop 'of'.")
-            else:
-                value, divisor = self.value(stream, feature, at, values)
-            aggregates.append(windows.Aggregate(kind, window, delay, value, divisor))
-        plan = windows.plan(aggregates, len(values), lateness)
-        return Entity(name, entity.key, log, tuple(entity.features), tuple(values), labelled, plan)
-
-    def labelled(
-        self, spec: PipelineSpec, feature: FeatureSpec, at: tuple[Any, ...], first: bool, delay: int
-    ) -> None:
-        if spec.labels is None:
-            raise self.fail(at, "a share needs labels; add 'labels:' with field and known.")
-        if feature.of != spec.labels.field:
-            raise self.fail((*at, "of"), f"a share is of the label; write of: {spec.labels.field}.")
-        if first:
-            raise self.fail(
-                at,
-                "the first entity's log is the stream itself, which carries no labels; put an entity without "
-                "label features first.",
-            )
-        if delay <= 0:
-            raise self.fail(
-                (*at, "delay"), "no label is known at its event; write the delay by which it is, delay: 7d."
-            )
-
-    def value(
-        self, stream: Stream, feature: FeatureSpec, at: tuple[Any, ...], values: list[str]
-    ) -> tuple[int, int]:
-        if feature.of is None:
-            raise self.fail(at, f"{feature.aggregate} needs a field; write of: FIELD.")
-        self.known_field(feature.of, stream.fields, (*at, "of"))
-        field = stream.fields[feature.of]
-        if field.type not in ("int", "decimal"):
-            raise self.fail(
-                (*at, "of"),
-                f"{feature.of} is a {field.type}; sums are exact on integers only: declare it as int, or as "
-                "{type: decimal, scale: 2}.",
-            )
-        if feature.of not in values:
-            values.append(feature.of)
-        return values.index(feature.of), field.divisor
+            where = (*at, "features", feature_name)
+            self.new_name(feature_name, stream, where)
+            for output in features.add(feature_name, self.convert(data, FeatureSpec, *where), where):
+                if output in taken or output in stream.fields:
+                    raise self.fail(
+                        where, f"there is another {output}: a field, feature or transform; rename one."
+                    )
+                taken.add(output)
+        plan = aggregates.plan(
+            features.aggregates, [stream.fields[v].optional for v in features.values], lateness,
+            len(features.filters), hop,
+        )  # fmt: skip
+        return Entity(
+            name, entity.key, log, tuple(features.names), tuple(features.values), tuple(features.filters.values()),
+            tuple(features.aggregates), any(a.kind in aggregates.OF_LABELS for a in features.aggregates), plan,
+        )  # fmt: skip
 
     def vector(
         self, spec: PipelineSpec, stream: Stream, transforms: dict[str, Any], entities: tuple[Entity, ...]
@@ -580,9 +571,184 @@ class _Compiler:
         if not match:
             raise self.fail(at, f"{text!r} is no duration; write a whole number and ms, s, m, h or d: 7d.")
         duration = int(match[1]) * _UNITS_MS[match[2]]
-        if duration > 4000 * _UNITS_MS["d"]:
+        if duration > LONGEST_MS:
             raise self.fail(at, f"{text!r} is longer than 4000 days.")
         return duration
+
+
+class _Features:
+    """Compiles the features of one entity, one after the other."""
+
+    def __init__(
+        self, compiler: _Compiler, spec: PipelineSpec, stream: Stream, first: bool, hop: int
+    ) -> None:
+        self._compiler, self._spec, self._stream = compiler, spec, stream
+        self._first, self._hop = first, hop  # whether the entity's log is the stream itself; ms, 0 without
+        self.names: list[str] = []
+        self.values: list[str] = []
+        self.filters: dict[str, expressions.Expression] = {}
+        self.aggregates: list[aggregates.Aggregate] = []
+
+    def add(self, name: str, feature: FeatureSpec, at: tuple[Any, ...]) -> list[str]:
+        """The names of the features that it gives."""
+        kind = aggregates.KINDS[feature.aggregate]
+        number = self._number(feature, kind, at)
+        window = self._window(feature, kind, number, at)
+        delay = self._compiler.duration(feature.delay, *at, "delay")
+        if self._hop and kind not in aggregates.IN_CELLS:
+            known = ", ".join(n for n, k in aggregates.KINDS.items() if k in aggregates.IN_CELLS)
+            raise self._fail(
+                (*at, "aggregate"),
+                f"cells do not tell the {feature.aggregate}; with a hop there are {known}.",
+            )
+        value, divisor = self._value(feature, kind, delay, at)
+        names = []
+        for suffix, condition in self._conditions(feature, at):
+            chosen = None if condition is None else self._filter(condition, at)
+            one = aggregates.Aggregate(kind, window, delay, value, divisor, number, chosen)
+            self.aggregates.append(one)
+            each = f"{name}{suffix}"
+            names += [each] if kind not in aggregates.LISTS else [f"{each}_{i + 1}" for i in range(one.width)]
+        self.names += names
+        return names
+
+    def _fail(self, at: tuple[Any, ...], problem: str) -> PipelineError:
+        return self._compiler.fail(at, problem)
+
+    def _number(self, feature: FeatureSpec, kind: int, at: tuple[Any, ...]) -> int:
+        """What the kind takes besides: see Aggregate.number."""
+        takes = {
+            "k": kind in aggregates.LISTS, "quantile": kind == windows.QUANTILE,
+            "half_life": kind in aggregates.DECAYED, "per": kind == windows.RATE,
+        }  # fmt: skip
+        for parameter, taken in takes.items():
+            given = getattr(feature, parameter)
+            if given is not None and not taken:
+                raise self._fail((*at, parameter), f"{feature.aggregate} takes no {parameter}; drop it.")
+            if given is None and taken and parameter != "per":
+                example = {"k": "k: 3", "quantile": "quantile: 0.5", "half_life": "half_life: 1h"}[parameter]
+                raise self._fail(at, f"{feature.aggregate} needs {parameter}; write for instance {example}.")
+        if kind in aggregates.LISTS:
+            if not 1 <= (feature.k or 0) <= MOST_OF_A_LIST:
+                raise self._fail((*at, "k"), f"k is between 1 and {MOST_OF_A_LIST}.")
+            return feature.k or 0
+        if kind == windows.QUANTILE:
+            if not 0 < (feature.quantile or 0) <= 1:
+                raise self._fail((*at, "quantile"), "a quantile is above 0 and at most 1; 0.5 is the median.")
+            return round((feature.quantile or 0) * 1_000_000)
+        parameter = "half_life" if kind in aggregates.DECAYED else "per"
+        given = getattr(feature, parameter) or "1s"
+        duration = self._compiler.duration(given, *at, parameter)
+        if duration <= 0:
+            raise self._fail((*at, parameter), f"{parameter} is longer than 0; write 1s, 1h or the like.")
+        if kind in aggregates.DECAYED and duration * windows.HALVINGS > LONGEST_MS:
+            raise self._fail(
+                (*at, parameter), f"{windows.HALVINGS} of them are longer than 4000 days; write less."
+            )
+        return duration
+
+    def _window(self, feature: FeatureSpec, kind: int, number: int, at: tuple[Any, ...]) -> int | None:
+        if kind in aggregates.DECAYED:
+            if feature.window is not None:
+                raise self._fail(
+                    (*at, "window"), "a decayed aggregate ends after 24 half-lives; drop the window."
+                )
+            return number * windows.HALVINGS
+        if feature.window is None:
+            raise self._fail(
+                at, f"{feature.aggregate} needs a window; write window: 7d, or window: lifetime."
+            )
+        if feature.window == "lifetime":
+            if kind not in aggregates.FOR_LIFE:
+                known = ", ".join(n for n, k in aggregates.KINDS.items() if k in aggregates.FOR_LIFE)
+                raise self._fail(
+                    (*at, "window"), f"{feature.aggregate} has an end; for life there are {known}."
+                )
+            return None
+        window = self._compiler.duration(feature.window, *at, "window")
+        if window <= 0:
+            raise self._fail((*at, "window"), "a window is longer than 0; write 1h, 7d or the like.")
+        if window < self._hop:
+            raise self._fail((*at, "window"), "it is shorter than the entity's hop; make the hop shorter.")
+        return window
+
+    def _value(self, feature: FeatureSpec, kind: int, delay: int, at: tuple[Any, ...]) -> tuple[int, int]:
+        """The value column and its unit."""
+        if kind in aggregates.OF_LABELS:
+            self._of_labels(feature, at, delay)
+            return 0, 1
+        if kind in aggregates.OF_ROWS:
+            if feature.of is not None:
+                raise self._fail(
+                    (*at, "of"), f"{feature.aggregate} is of events and takes no field; drop 'of'."
+                )
+            return 0, 1
+        if feature.of is None:
+            raise self._fail(at, f"{feature.aggregate} needs a field; write of: FIELD.")
+        self._compiler.known_field(feature.of, self._stream.fields, (*at, "of"))
+        field = self._stream.fields[feature.of]
+        if field.type not in ("int", "decimal"):
+            raise self._fail(
+                (*at, "of"),
+                f"{feature.of} is a {field.type}; aggregates are exact on integers only: declare it as int, or as "
+                "{type: decimal, scale: 2}.",
+            )
+        if feature.of not in self.values:
+            self.values.append(feature.of)
+        return self.values.index(feature.of), field.divisor
+
+    def _of_labels(self, feature: FeatureSpec, at: tuple[Any, ...], delay: int) -> None:
+        labels, what = self._spec.labels, feature.aggregate
+        if labels is None:
+            raise self._fail(at, f"a {what} needs labels; add 'labels:' with field and known.")
+        if feature.of != labels.field:
+            raise self._fail((*at, "of"), f"a {what} is of the label; write of: {labels.field}.")
+        if self._first:
+            raise self._fail(
+                at,
+                "the first entity's log is the stream itself, which carries no labels; put an entity without "
+                "label features first.",
+            )
+        if delay <= 0:
+            raise self._fail(
+                (*at, "delay"), "no label is known at its event; write the delay by which it is, delay: 7d."
+            )
+
+    def _conditions(self, feature: FeatureSpec, at: tuple[Any, ...]) -> list[tuple[str, str | None]]:
+        """For each feature what its name ends in, and which events it is of."""
+        if feature.by is None:
+            return [("", feature.where)]
+        if len(feature.by) != 1:
+            raise self._fail(
+                (*at, "by"), "it names one field, with a list of its values; write by: {FIELD: [1, 2]}."
+            )
+        ((field, values),) = feature.by.items()
+        self._compiler.known_field(field, self._stream.fields, (*at, "by"))
+        if not values or len(set(values)) < len(values):
+            raise self._fail((*at, "by", field), "name at least one value, and each once.")
+        both = "" if feature.where is None else f"({feature.where}) and "
+        found: list[tuple[str, str | None]] = [
+            (f"_{value}", f"{both}{field} == {value!r}") for value in values
+        ]
+        for suffix, _ in found:
+            if not _NAME.fullmatch(suffix):
+                raise self._fail(
+                    (*at, "by", field),
+                    f"{suffix[1:]!r} does not go into a name; write a feature with where: for it.",
+                )
+        return found
+
+    def _filter(self, text: str, at: tuple[Any, ...]) -> int:
+        """The number of the filter: those that say the same are one."""
+        types = {name: field.type for name, field in self._stream.fields.items()}
+        try:
+            found = expressions.parse(text, types)
+        except expressions.ExpressionError as error:
+            raise self._fail((*at, "where"), f"{error}.") from None
+        self.filters.setdefault(found.text, found)
+        if len(self.filters) > MOST_FILTERS:
+            raise self._fail((*at, "where"), f"an entity has {MOST_FILTERS} filters at most; share some.")
+        return list(self.filters).index(found.text)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -612,6 +778,7 @@ def _definition(
     """A hash of all that decides a feature's value, and of nothing else: no topic, no decision, no comment."""
     used = {stream.id, stream.time, *(e.key for e in entities), *(v for e in entities for v in e.values)}
     used |= {name for t in transforms.values() for name in t.uses} | (set(vector) & set(stream.fields))
+    used |= {name for e in entities for f in e.filters for name in f.uses}
     meaning = {
         "meaning": MEANING,
         "id": stream.id,
@@ -629,9 +796,10 @@ def _definition(
                 e.key,
                 e.features,
                 e.values,
-                e.plan.bounds.tolist(),
-                e.plan.ops.tolist(),
+                [astuple(a) for a in e.aggregates],
+                [f.text for f in e.filters],
                 e.plan.retention,
+                e.plan.hop,
             )
             for e in entities
         ],

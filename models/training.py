@@ -20,9 +20,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from models.aggregates import OF_LABELS
 from models.pipeline import Pipeline
 from models.scoring import TOLERANCE, Card, Model, ModelError, Scores
-from models.windows import SHARE, Bytes, Floats, Ints
+from models.windows import Bytes, Floats, Ints
 
 Rounded = npt.NDArray[np.float32]
 
@@ -143,12 +144,7 @@ def evaluate(labels: Bytes, scores: npt.NDArray[Any]) -> dict[str, float]:
 
 def label_delay(pipeline: Pipeline) -> int:
     """By when labels are known, ms after the event: the longest delay of a feature over labels, else 0."""
-    delays = [
-        int(entity.plan.bounds[newer])
-        for entity in pipeline.entities
-        for kind, newer in entity.plan.ops[:, :2].tolist()
-        if kind == SHARE
-    ]
+    delays = [a.delay for entity in pipeline.entities for a in entity.aggregates if a.kind in OF_LABELS]
     return max(delays, default=0)
 
 

@@ -1,25 +1,25 @@
 """Exact windows over event time: the fold of one entity's log, and the read at any time.
 
 A profile is the rows of one entity, in event-time order, each carrying the sums of all rows before
-it. A window is then two binary searches and one subtraction, whatever its length, and any time can
-be read. Everything summed is an integer, so neither order nor merging can change a bit; the one
-division stands at the end. `models.oracle` says the same in plain Python, to be checked by eye.
+it. A window over sums is then two binary searches and one subtraction, whatever its length, and any time
+can be read; what is no sum (the largest value, the values that differ) looks at the window's rows.
+Everything summed is an integer, so neither order nor merging can change a bit; one formula of float64
+stands at the end. `models.oracle` says the same in plain Python, to be checked by eye.
 
 Profiles live in one arena of int64 rows, in chunks of powers of two. The row layout:
 
-    0 time   event time, ms
+    0 time   event time, ms; with a hop, that of its cell
     1 id     64-bit event id
-    2 label  0 unknown, 1 negative, 2 positive
-    3 positives before this row, then for each value column: the sum before this row, and how many
-      of the rows before it had a value
+    2 state  the label (0 unknown, 1 negative, 2 positive), and above it a bit for each filter that holds
+    3 what `Plan.columns` says, summed over the rows before this one
 
 Behind the last row stands a closing row that holds the totals, so a chunk of c rows holds c - 1.
+With a hop, all events of a cell are one row, which has no id, and its sums are all that is kept of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,10 +42,32 @@ OUTCOMES = (
 )  # fmt: skip
 UNKNOWN, NEGATIVE, POSITIVE = 0, 1, 2
 
-COUNT, SUM, MEAN, SHARE = range(4)
-AGGREGATES = {"count": COUNT, "sum": SUM, "mean": MEAN, "share": SHARE}
+# Kinds of aggregates: those that are sums, then those that look at the rows of the window.
+(
+    COUNT, SUM, MEAN, VARIANCE, STDDEV, RATE, SHARE, POSITIVES, COVERAGE,
+    FIRST, LAST, LAST_K, MIN, MAX, SINCE_LAST, DISTINCT, QUANTILE, MOST_FREQUENT, DECAYED_COUNT, DECAYED_SUM,
+) = range(20)  # fmt: skip
 
-_TIME, _ID, _STATE, _POSITIVES, _VALUES = 0, 1, 2, 3, 4
+# Columns of Plan.ops: the kind; the bounds of the window (OLDER -1 for life); the running columns of the sum, of how
+# many count (-1: all rows) and the first of three of squares; of a row's own value and of whether it has one (-1: the
+# value is the row itself, and always there); the unit of the values; a number of the kind's own; the filter (-1
+# none); the first output and how many; the window, ms; what a window without anything gives: 0, else NaN.
+(
+    OP_KIND, OP_NEWER, OP_OLDER, OP_SUM, OP_COUNT, OP_SQUARES, OP_RAW, OP_VALUED, OP_DIVISOR, OP_NUMBER, OP_FILTER,
+    OP_OUT, OP_WIDTH, OP_WINDOW, OP_NOTHING,
+) = range(15)  # fmt: skip
+
+# What a running column sums: rows, values, how many rows have one, squares in three parts (the value being
+# high * 2**23 + low, so that each part of 2**17 squares is exact in int64), labels by state.
+ROWS, VALUE, VALUED, HIGH_HIGH, HIGH_LOW, LOW_LOW, POSITIVE_ROWS, LABELLED_ROWS = range(8)
+LOW_BITS = 23
+
+# Decay: a weight is an integer of 1/2**24, halved with each half-life, by 4096 steps in between.
+HALVINGS = 24
+DECAY_STEPS = 4096
+
+_TIME, _ID, _STATE, SUMS = 0, 1, 2, 3  # columns of a row; the running ones begin at SUMS
+_LABEL_BITS = 2  # of a state; the filters' bits lie above
 _SMALLEST = 4  # rows in the smallest chunk: three of the profile and the closing one
 _CLASSES = 40  # chunks of up to 4 * 2**39 rows
 _TOP, _IN_USE = _CLASSES, _CLASSES + 1  # of the heap, behind the free chunks of each class
@@ -54,48 +76,31 @@ _DOUBLE = 4096  # lines up to which they double, some 200 KiB
 _RESERVE = 2**24  # lines for which a large array has addresses from the first, a gigabyte at most
 
 # Columns of the profiles' table: the chunk and its class, the first row in use (it moves up as old
-# rows are forgotten), how many rows, the newest event time; the chunk of labels that wait for events.
-_CHUNK, _CLASS, _START, _LENGTH, _NEWEST, _EARLY, _EARLY_CLASS, _EARLY_LENGTH = range(8)
-_EMPTY = (-1, -1, 0, 0, NULL, -1, -1, 0)
+# rows are forgotten), how many rows, the newest event time; the chunk of labels that wait for events; the
+# chunk of a long profile's index of ids, and how many it has.
+(
+    _CHUNK, _CLASS, _START, _LENGTH, _NEWEST, _EARLY, _EARLY_CLASS, _EARLY_LENGTH, _INDEX, _INDEX_CLASS, _INDEXED,
+) = range(11)  # fmt: skip
+_EMPTY = (-1, -1, 0, 0, NULL, -1, -1, 0, -1, -1, 0)
 _NONE = -1
-
-
-@dataclass(frozen=True)
-class Aggregate:
-    """One feature of an entity: `kind` over (t - delay - window, t - delay], times in ms.
-
-    `value` is the index of the value column for sum and mean, `divisor` its unit (100 for cents).
-    """
-
-    kind: int
-    window: int
-    delay: int = 0
-    value: int = 0
-    divisor: int = 1
+_LONG = 256  # rows from which on a profile has an index of its ids; fewer are faster looked through
 
 
 class Plan(NamedTuple):
-    """The aggregates of one entity, as arrays that the kernel walks. Made by `plan`."""
+    """The aggregates of one entity, as arrays that the kernel walks. Made by models.aggregates.plan."""
 
     bounds: Ints  # distinct distances from the time read to a window's edges, ms
-    ops: Ints  # (k, 5): kind, index of the newer bound, of the older one, value column, divisor
+    ops: Ints  # (k, 15), see OP_KIND
+    columns: (
+        Ints  # (c, 4): what a running column sums, of which value, under which filter, and whether for life
+    )
+    raw: Ints  # (values, 2): each value's running columns of it and of whether it is there, -1 where it always is
+    decay: Ints  # (DECAY_STEPS,) weights within a half-life
     retention: int  # rows this much older than the newest are forgotten, ms
     values: int
-
-
-def plan(aggregates: list[Aggregate], values: int, lateness: int) -> Plan:
-    """Decide once what every read repeats. `lateness`: how late an event may be and still repair, ms."""
-    bounds = sorted({a.delay for a in aggregates} | {a.delay + a.window for a in aggregates})
-    ops = [
-        (a.kind, bounds.index(a.delay), bounds.index(a.delay + a.window), a.value, a.divisor)
-        for a in aggregates
-    ]
-    return Plan(
-        np.array(bounds, np.int64),
-        np.array(ops, np.int64).reshape(len(ops), 5),
-        max(max(bounds, default=0) + lateness, 1),  # the newest row is never forgotten
-        values,
-    )
+    filters: int
+    hop: int  # ms of a cell, 0 where each event has a row
+    width: int  # features
 
 
 class Arena:
@@ -103,7 +108,7 @@ class Arena:
 
     def __init__(self, plan: Plan, rows: int = 1024) -> None:
         self.plan = plan
-        self._rows: Ints = np.zeros((rows, _VALUES + 2 * plan.values), np.int64)
+        self._rows: Ints = np.zeros((rows, SUMS + len(plan.columns)), np.int64)
         self._table: Ints = np.zeros((64, len(_EMPTY)), np.int64)
         # Free chunks by class, then the first row that was never in a chunk, then how many rows are in one.
         self._heap: Ints = np.full(_CLASSES + 2, _NONE, np.int64)
@@ -143,24 +148,25 @@ class Arena:
             self._rows = lengthen(self._rows[:in_use].copy(), in_use // _STEP + _DOUBLE)
 
     def fold(
-        self, slots: Ints, kinds: Bytes, times: Ints, ids: Ints, values: Ints, labels: Bytes
+        self, slots: Ints, kinds: Bytes, times: Ints, ids: Ints, values: Ints, labels: Bytes, flags: Ints
     ) -> tuple[Floats, Bytes]:
         """Fold one micro-batch in its order.
 
         slots: (n,) int64, -1 where the record has no key; kinds: (n,) EVENT or LABEL; times: (n,) ms;
-        ids: (n,); values: (n, v) int64, NULL where absent; labels: (n,) states, for LABEL records.
-        Returns features (n, k) float64 as of each event, NaN where there is no value and for
-        labels, and outcomes (n,) int8. An event's own row is in its windows; a row of equal time
-        that comes later in the log is not.
+        ids: (n,); values: (n, v) int64, NULL where absent; labels: (n,) states, for LABEL records;
+        flags: (n,) int64, bit f where filter f holds.
+        Returns features (n, k) float64 as of each event, NaN where there is no value and for labels, and
+        outcomes (n,) int8. An event's own row is in its windows; a row of equal time that comes later in the log
+        is not.
         """
         n = len(slots)
-        features = np.full((n, len(self.plan.ops)), np.nan)
+        features = np.full((n, self.plan.width), np.nan)
         outcomes = np.zeros(n, np.int8)
         done = 0
         while True:
             done = _fold(
                 self._rows, self._table, self._heap, self.plan, done,
-                slots, kinds, times, ids, values, labels, features, outcomes,
+                slots, kinds, times, ids, values, labels, flags, features, outcomes,
             )  # fmt: skip
             if done == n:
                 return features, outcomes
@@ -168,7 +174,7 @@ class Arena:
 
     def read_at(self, slots: Ints, times: Ints) -> Floats:
         """Features (n, k) of these profiles at these times, with no event folded."""
-        features = np.empty((len(slots), len(self.plan.ops)))
+        features = np.empty((len(slots), self.plan.width))
         _read_many(self._rows, self._table, self.plan, slots, times, features)
         return features
 
@@ -185,11 +191,15 @@ class Arena:
     def pack(self, slots: Ints) -> list[bytes]:
         """Each profile as bytes that `unpack` reads back; equal profiles give equal bytes.
 
-        Little-endian int64 words: newest time, number of rows, number of early labels; for each
-        row time * 4 + label, id, values (NULL where absent); for each early label the first two.
+        Little-endian int64 words: newest time, number of rows, number of early labels; of each column that is
+        summed for life, what was forgotten; for each row time * 4 + label, id, the filters' bits where there are
+        any, values (NULL where absent); with a hop time and what each column adds; for each early label
+        time * 4 + label and id.
         """
-        table = self._table[slots]
-        words = 3 + table[:, _LENGTH] * (2 + self.plan.values) + table[:, _EARLY_LENGTH] * 2
+        table, plan = self._table[slots], self.plan
+        row = 1 + len(plan.columns) if plan.hop else 2 + plan.values + (plan.filters > 0)
+        lives = int(plan.columns[:, 3].sum())
+        words = 3 + lives + table[:, _LENGTH] * row + table[:, _EARLY_LENGTH] * 2
         ends = np.cumsum(words)
         packed = np.empty(int(ends[-1]) if len(ends) else 0, np.int64)
         _pack(self._rows, self._table, self.plan, slots, ends - words, packed)
@@ -216,9 +226,10 @@ class Arena:
     def close_gaps(self) -> None:
         """Move all chunks to the front: free ones of one class are of no use to another."""
         table = self._table[: self._slots]
-        whose = [np.flatnonzero(table[:, column] != _NONE) for column in (_CHUNK, _EARLY)]
-        chunks = np.concatenate([table[whose[0], _CHUNK], table[whose[1], _EARLY]])
-        owners = np.concatenate([whose[0] * 2, whose[1] * 2 + 1])
+        parts = (_CHUNK, _EARLY, _INDEX)
+        whose = [np.flatnonzero(table[:, part] != _NONE) for part in parts]
+        chunks = np.concatenate([table[slots, part] for slots, part in zip(whose, parts, strict=True)])
+        owners = np.concatenate([slots * len(parts) + n for n, slots in enumerate(whose)])
         _move_down(self._rows, self._table, self._heap, owners[np.argsort(chunks)])
 
 
@@ -251,6 +262,13 @@ jit: Callable[[_Function], _Function] = njit(cache=True, nogil=True)
 
 
 @jit
+def _copy(rows: Ints, to: int, row: int) -> None:
+    """By columns: an assignment of slices costs several times as much."""
+    for column in range(rows.shape[1]):
+        rows[to, column] = rows[row, column]
+
+
+@jit
 def _take(rows: Ints, heap: Ints, size_class: int) -> int:
     """A chunk of this class: its first row, or -1 when the arena is full."""
     chunk = heap[size_class]
@@ -275,18 +293,22 @@ def _give(rows: Ints, heap: Ints, chunk: int, size_class: int) -> None:
 
 @jit
 def _move_down(rows: Ints, table: Ints, heap: Ints, owners: Ints) -> None:
-    """owners: of all chunks in use, by address: twice the slot, and one more for its waiting labels."""
+    """owners: of all chunks in use, by address: thrice the slot, and 1 more for its waiting labels, 2 for its index."""
     top = 0
     for owner in owners:
-        p = table[owner >> 1]
-        if owner & 1:
+        p = table[owner // 3]
+        part = owner % 3
+        if part == 0:
+            start, length, size_class = p[_START], p[_LENGTH] + 1, p[_CLASS]
+            p[_CHUNK] = p[_START] = top
+        elif part == 1:
             start, length, size_class = p[_EARLY], p[_EARLY_LENGTH], p[_EARLY_CLASS]
             p[_EARLY] = top
         else:
-            start, length, size_class = p[_START], p[_LENGTH] + 1, p[_CLASS]
-            p[_CHUNK] = p[_START] = top
+            start, length, size_class = p[_INDEX], _SMALLEST << p[_INDEX_CLASS], p[_INDEX_CLASS]
+            p[_INDEX] = top
         for i in range(length):
-            rows[top + i] = rows[start + i]
+            _copy(rows, top + i, start + i)
         top += _SMALLEST << size_class
     heap[:_CLASSES] = _NONE
     heap[_TOP] = top
@@ -300,7 +322,9 @@ def _release(rows: Ints, table: Ints, heap: Ints, slots: Ints) -> None:
             _give(rows, heap, p[_CHUNK], p[_CLASS])
         if p[_EARLY] != _NONE:
             _give(rows, heap, p[_EARLY], p[_EARLY_CLASS])
-        p[_CHUNK] = p[_EARLY] = _NONE
+        if p[_INDEX] != _NONE:
+            _give(rows, heap, p[_INDEX], p[_INDEX_CLASS])
+        p[_CHUNK] = p[_EARLY] = p[_INDEX] = _NONE
 
 
 @jit
@@ -336,7 +360,7 @@ def _room_for_row(rows: Ints, heap: Ints, p: Ints) -> bool:
     if chunk == _NONE:
         return False
     for i in range(length + 1):
-        rows[chunk + i] = rows[start + i]
+        _copy(rows, chunk + i, start + i)
     _give(rows, heap, p[_CHUNK], p[_CLASS])
     p[_CHUNK] = p[_START] = chunk
     p[_CLASS] += 1
@@ -380,33 +404,184 @@ def _behind(rows: Ints, start: int, stop: int, time: int) -> int:
 
 
 @jit
-def _read(rows: Ints, p: Ints, plan: Plan, time: int, edges: Ints, out: Floats) -> None:
+def _value(rows: Ints, plan: Plan, op: Ints, row: int) -> int:
+    """A row's value for an aggregate that looks at rows; NULL where it has none, or the filter does not hold."""
+    if op[OP_FILTER] != _NONE and not (rows[row, _STATE] >> (_LABEL_BITS + op[OP_FILTER])) & 1:
+        return NULL
+    if op[OP_RAW] == _NONE:  # of the row itself
+        return 1
+    if op[OP_VALUED] != _NONE and rows[row + 1, op[OP_VALUED]] == rows[row, op[OP_VALUED]]:
+        return NULL
+    return int(rows[row + 1, op[OP_RAW]] - rows[row, op[OP_RAW]])
+
+
+@jit
+def _between(rows: Ints, column: int, newer: int, older: int) -> int:
+    """What a column sums up to between two rows; for life where the older is _NONE."""
+    if older == _NONE:
+        return int(rows[newer, column])
+    return int(rows[newer, column] - rows[older, column])
+
+
+@jit
+def _read(rows: Ints, p: Ints, plan: Plan, time: int, edges: Ints, out: Floats) -> None:  # noqa: PLR0912 - by kind
     """The features of one profile at a time. edges: scratch, as long as plan.bounds."""
     start = p[_START]
     edge = start + p[_LENGTH]
     for b in range(len(plan.bounds)):  # farther back with each bound, so each search ends at the last
         edge = _behind(rows, start, edge, time - plan.bounds[b])
         edges[b] = edge
-    empty = p[_CHUNK] == _NONE
-    for k in range(len(plan.ops)):
-        kind = plan.ops[k, 0]
-        newer = edges[plan.ops[k, 1]]
-        older = edges[plan.ops[k, 2]]
-        count = newer - older
+    ops = plan.ops
+    if p[_CHUNK] == _NONE:
+        for k in range(len(ops)):
+            for o in range(ops[k, OP_OUT], ops[k, OP_OUT] + ops[k, OP_WIDTH]):
+                out[o] = 0.0 if ops[k, OP_NOTHING] == 0 else np.nan
+        return
+    for k in range(len(ops)):
+        kind, at = ops[k, OP_KIND], ops[k, OP_OUT]
+        newer = edges[ops[k, OP_NEWER]]
+        older = edges[ops[k, OP_OLDER]] if ops[k, OP_OLDER] != _NONE else _NONE
+        if kind >= FIRST:
+            until = time - plan.bounds[ops[k, OP_NEWER]]
+            _look(rows, plan, ops[k], newer, older, until, out[at : at + ops[k, OP_WIDTH]])
+            continue
+        column = ops[k, OP_COUNT]
+        count = newer - older if column == _NONE else _between(rows, column, newer, older)
         if kind == COUNT:
-            out[k] = count
-        elif kind == SHARE:
-            out[k] = (rows[newer, _POSITIVES] - rows[older, _POSITIVES]) / count if count else 0.0
-        elif empty:
-            out[k] = 0.0 if kind == SUM else np.nan
+            out[at] = count
+            continue
+        if kind == RATE:
+            out[at] = count * ops[k, OP_NUMBER] / ops[k, OP_WINDOW]
+            continue
+        total = _between(rows, ops[k, OP_SUM], newer, older)
+        if kind == SUM:
+            out[at] = total / ops[k, OP_DIVISOR]
+        elif kind == POSITIVES:
+            out[at] = total
+        elif count == 0:
+            out[at] = 0.0 if ops[k, OP_NOTHING] == 0 else np.nan
+        elif kind == MEAN:
+            out[at] = total / (count * ops[k, OP_DIVISOR])
+        elif kind in (SHARE, COVERAGE):
+            out[at] = total / count
         else:
-            column = _VALUES + 2 * plan.ops[k, 3]
-            total = rows[newer, column] - rows[older, column]
-            if kind == SUM:
-                out[k] = total / plan.ops[k, 4]
-            else:
-                valued = rows[newer, column + 1] - rows[older, column + 1]
-                out[k] = total / (valued * plan.ops[k, 4]) if valued else np.nan
+            squares = ops[k, OP_SQUARES]
+            spread = _spread(
+                count, total, _between(rows, squares, newer, older), _between(rows, squares + 1, newer, older),
+                _between(rows, squares + 2, newer, older),
+            )  # fmt: skip
+            n, divisor = float(count), float(ops[k, OP_DIVISOR])
+            variance = spread / (n * n * divisor * divisor)
+            out[at] = variance if kind == VARIANCE else np.sqrt(variance)
+
+
+@jit
+def _spread(count: int, total: int, high_high: int, high_low: int, low_low: int) -> float:
+    """count * (sum of squares) - total**2: exact in digits of 30 bits, then float64. count: below 2**31.
+
+    The sum of squares is high_high * 2**46 + high_low * 2**24 + low_low (see LOW_BITS).
+    """
+    digit = (1 << 30) - 1
+    d0 = (low_low & digit) + ((high_low & 63) << 24)
+    d1 = (low_low >> 30 & digit) + (high_low >> 6 & digit) + ((high_high & 0x3FFF) << 16) + (d0 >> 30)
+    d2 = (low_low >> 60) + (high_low >> 36) + (high_high >> 14 & digit) + (d1 >> 30)
+    d3 = (high_high >> 44) + (d2 >> 30)
+    size = abs(total)
+    s0, s1, s2 = size & digit, size >> 30 & digit, size >> 60
+    d0 = count * (d0 & digit) - s0 * s0
+    d1 = count * (d1 & digit) - 2 * s0 * s1 + (d0 >> 30)
+    d2 = count * (d2 & digit) - 2 * s0 * s2 - s1 * s1 + (d1 >> 30)
+    d3 = count * d3 - 2 * s1 * s2 + (d2 >> 30)
+    high, middle = d3 - (s2 * s2 << 30), (d2 & digit) << 30 | (d1 & digit)
+    return float(high) * 2.0**90 + float(middle) * 2.0**30 + float(d0 & digit)
+
+
+@jit
+def _look(  # noqa: PLR0912 - by kind
+    rows: Ints, plan: Plan, op: Ints, newer: int, older: int, until: int, out: Floats
+) -> None:
+    """Aggregates that are no sums: they look at the window's rows. until: the window's newer end."""
+    out[:] = np.nan
+    kind = op[OP_KIND]
+    divisor = op[OP_DIVISOR]
+    if kind in (FIRST, MIN, MAX):
+        best = NULL
+        for row in range(older, newer):
+            value = _value(rows, plan, op, row)
+            if value != NULL and (
+                best == NULL or (kind == MIN and value < best) or (kind == MAX and value > best)
+            ):
+                best = value
+                if kind == FIRST:
+                    break
+        if best != NULL:
+            out[0] = best / divisor
+    elif kind in (LAST, LAST_K):
+        found = 0
+        for row in range(newer - 1, older - 1, -1):
+            value = _value(rows, plan, op, row)
+            if value != NULL:
+                out[found] = value / divisor
+                found += 1
+                if found == len(out):
+                    break
+    elif kind == SINCE_LAST:
+        for row in range(newer - 1, older - 1, -1):
+            if rows[row, _TIME] < until and _value(rows, plan, op, row) != NULL:
+                out[0] = (until - rows[row, _TIME]) / 1000
+                break
+    elif kind in (DECAYED_COUNT, DECAYED_SUM):
+        _decayed(rows, plan, op, newer, older, until, out)
+    else:
+        values = np.empty(newer - older, np.int64)
+        count = 0
+        for row in range(older, newer):
+            value = _value(rows, plan, op, row)
+            if value != NULL:
+                values[count] = value
+                count += 1
+        _ranked(op, np.sort(values[:count]), out)
+
+
+@jit
+def _decayed(rows: Ints, plan: Plan, op: Ints, newer: int, older: int, until: int, out: Floats) -> None:
+    """Sums of value times weight, in two halves so that none overflows; a weight is an integer of 1 / 2**24."""
+    high = low = 0
+    life = op[OP_NUMBER]
+    for row in range(older, newer):
+        age = until - rows[row, _TIME]
+        weight = plan.decay[(age % life) * DECAY_STEPS // life] >> (age // life)
+        value = _value(rows, plan, op, row)
+        if value != NULL:
+            high += (value >> LOW_BITS) * weight
+            low += (value & ((1 << LOW_BITS) - 1)) * weight
+    out[0] = (float(high) * (1 << LOW_BITS) + float(low)) / (float(1 << HALVINGS) * op[OP_DIVISOR])
+
+
+@jit
+def _ranked(op: Ints, values: Ints, out: Floats) -> None:
+    """Aggregates of the values in their order."""
+    kind, count = op[OP_KIND], len(values)
+    if kind == QUANTILE:
+        if count:
+            out[0] = values[max((count * op[OP_NUMBER] + 999_999) // 1_000_000, 1) - 1] / op[OP_DIVISOR]
+        return
+    # runs of equal values
+    runs = 0
+    starts = np.empty(count + 1, np.int64)
+    for i in range(count):
+        if i == 0 or values[i] != values[i - 1]:
+            starts[runs] = i
+            runs += 1
+    starts[runs] = count
+    if kind == DISTINCT:
+        out[0] = runs
+        return
+    lengths = starts[1 : runs + 1] - starts[:runs]
+    for o in range(min(len(out), runs)):
+        best = int(np.argmax(lengths))  # the first of those of equal length: the smaller value
+        out[o] = values[starts[best]] / op[OP_DIVISOR]
+        lengths[best] = 0
 
 
 @jit
@@ -421,14 +596,40 @@ def _early_label(rows: Ints, p: Ints, time: int, event_id: int, horizon: int) ->
             state = rows[row, _STATE]
         elif rows[row, _TIME] > horizon:
             if kept != i:
-                rows[early + kept] = rows[row]
+                _copy(rows, early + kept, row)
             kept += 1
     p[_EARLY_LENGTH] = kept
     return state
 
 
 @jit
-def _insert(rows: Ints, p: Ints, plan: Plan, time: int, event_id: int, values: Ints) -> int:
+def _gain(plan: Plan, column: int, values: Ints, state: int) -> int:  # noqa: PLR0911 - by meaning
+    """What a row adds to a running column."""
+    what, value, of = plan.columns[column, 0], plan.columns[column, 1], plan.columns[column, 2]
+    if of != _NONE and not (state >> (_LABEL_BITS + of)) & 1:
+        return 0
+    if what == ROWS:
+        return 1
+    label = state & ((1 << _LABEL_BITS) - 1)
+    if what == POSITIVE_ROWS:
+        return int(label == POSITIVE)
+    if what == LABELLED_ROWS:
+        return int(label != UNKNOWN)
+    if values[value] == NULL:
+        return 0
+    if what == VALUE:
+        return int(values[value])
+    if what == VALUED:
+        return 1
+    size = abs(values[value])
+    high, low = size >> LOW_BITS, size & ((1 << LOW_BITS) - 1)
+    if what == HIGH_HIGH:
+        return int(high * high)
+    return int(high * low if what == HIGH_LOW else low * low)
+
+
+@jit
+def _insert(rows: Ints, p: Ints, plan: Plan, time: int, event_id: int, values: Ints, flags: int) -> int:
     """Put one event's row in its place. There is room for it. Returns FOLDED or LATE."""
     newest = p[_NEWEST]
     late = newest != NULL and time < newest
@@ -441,19 +642,23 @@ def _insert(rows: Ints, p: Ints, plan: Plan, time: int, event_id: int, values: I
         start += 1
     p[_START] = start
     state = _early_label(rows, p, time, event_id, horizon) if p[_EARLY_LENGTH] else UNKNOWN
+    state |= flags << _LABEL_BITS
     at = _behind(rows, start, end, time)
-    for i in range(end, at - 1, -1):  # the closing row, and behind a late event the later ones
-        rows[i + 1] = rows[i]
-    rows[at, _TIME] = time
-    rows[at, _ID] = event_id
-    rows[at, _STATE] = state
-    for i in range(at + 1, end + 2):
-        rows[i, _POSITIVES] += state == POSITIVE
-        for v in range(plan.values):
-            if values[v] != NULL:
-                rows[i, _VALUES + 2 * v] += values[v]
-                rows[i, _VALUES + 2 * v + 1] += 1
-    p[_LENGTH] = end + 1 - start
+    if plan.hop and at > start and rows[at - 1, _TIME] == time:
+        at -= 1  # into its cell
+    else:
+        for i in range(end, at - 1, -1):  # the closing row, and behind a late event the later ones
+            _copy(rows, i + 1, i)
+        rows[at, _TIME] = time
+        rows[at, _ID] = event_id
+        rows[at, _STATE] = state
+        end += 1
+    for c in range(len(plan.columns)):
+        gain = _gain(plan, c, values, state)
+        if gain:
+            for i in range(at + 1, end + 1):
+                rows[i, SUMS + c] += gain
+    p[_LENGTH] = end - start
     return LATE if late else FOLDED
 
 
@@ -465,11 +670,15 @@ def _label(rows: Ints, p: Ints, plan: Plan, time: int, event_id: int, state: int
     at = _behind(rows, start, end, time) - 1
     while at >= start and rows[at, _TIME] == time:
         if rows[at, _ID] == event_id:
-            change = int(state == POSITIVE) - int(rows[at, _STATE] == POSITIVE)
-            rows[at, _STATE] = state
-            if change:
-                for i in range(at + 1, end + 1):
-                    rows[i, _POSITIVES] += change
+            before = rows[at, _STATE]
+            after = (before >> _LABEL_BITS) << _LABEL_BITS | state
+            rows[at, _STATE] = after
+            for c in range(len(plan.columns)):
+                if plan.columns[c, 0] in (POSITIVE_ROWS, LABELLED_ROWS):
+                    change = _gain(plan, c, rows[at], after) - _gain(plan, c, rows[at], before)
+                    if change:
+                        for i in range(at + 1, end + 1):
+                            rows[i, SUMS + c] += change
             return LABELLED
         at -= 1
     if p[_NEWEST] != NULL and time <= p[_NEWEST] - plan.retention:
@@ -489,6 +698,9 @@ def _label(rows: Ints, p: Ints, plan: Plan, time: int, event_id: int, state: int
 
 @jit
 def _known(rows: Ints, p: Ints, event_id: int) -> bool:
+    """Whether a row has this id."""
+    if p[_LENGTH] >= _LONG and p[_INDEX] != _NONE and not _place(rows, p, event_id)[1]:
+        return False  # a forgotten row's id stays in the index, so a hit is looked up
     for i in range(p[_START] + p[_LENGTH] - 1, p[_START] - 1, -1):  # noqa: SIM110 - numba has no any() of this
         if rows[i, _ID] == event_id:
             return True
@@ -496,9 +708,55 @@ def _known(rows: Ints, p: Ints, event_id: int) -> bool:
 
 
 @jit
+def _place(rows: Ints, p: Ints, event_id: int) -> tuple[int, bool]:
+    """Where an id is in the index, or would be. The index is a hash table with open addresses, NULL where free."""
+    width = rows.shape[1]
+    cells = (_SMALLEST << p[_INDEX_CLASS]) * width
+    place = (event_id ^ (event_id >> 17) ^ (event_id >> 41)) % cells
+    while True:
+        found = rows[p[_INDEX] + place // width, place % width]
+        if found in (event_id, NULL):
+            return place, found == event_id
+        place = place + 1 if place + 1 < cells else 0
+
+
+@jit
+def _note(rows: Ints, heap: Ints, p: Ints, event_id: int) -> bool:
+    """Note the id of an event that gets a row, where the profile is long. False when the arena is full."""
+    if p[_LENGTH] < _LONG:
+        if p[_INDEX] != _NONE:  # it would miss what comes until the profile is long again
+            _give(rows, heap, p[_INDEX], p[_INDEX_CLASS])
+            p[_INDEX] = _NONE
+        return True
+    width = rows.shape[1]
+    if p[_INDEX] == _NONE or 2 * p[_INDEXED] >= (_SMALLEST << p[_INDEX_CLASS]) * width:
+        size_class = _class_for((4 * p[_LENGTH] + width - 1) // width)
+        chunk = _take(rows, heap, size_class)
+        if chunk == _NONE:
+            return False
+        if p[_INDEX] != _NONE:
+            _give(rows, heap, p[_INDEX], p[_INDEX_CLASS])
+        p[_INDEX], p[_INDEX_CLASS], p[_INDEXED] = chunk, size_class, 0
+        rows[chunk : chunk + (_SMALLEST << size_class)] = NULL
+        for i in range(p[_START], p[_START] + p[_LENGTH]):
+            _enter(rows, p, rows[i, _ID])
+    _enter(rows, p, event_id)
+    return True
+
+
+@jit
+def _enter(rows: Ints, p: Ints, event_id: int) -> None:
+    place, found = _place(rows, p, event_id)
+    if not found:
+        width = rows.shape[1]
+        rows[p[_INDEX] + place // width, place % width] = event_id
+        p[_INDEXED] += 1
+
+
+@jit
 def _fold(
     rows: Ints, table: Ints, heap: Ints, plan: Plan, done: int,
-    slots: Ints, kinds: Bytes, times: Ints, ids: Ints, values: Ints, labels: Bytes,
+    slots: Ints, kinds: Bytes, times: Ints, ids: Ints, values: Ints, labels: Bytes, flags: Ints,
     features: Floats, outcomes: Bytes,
 ) -> int:  # fmt: skip
     """Fold records from `done` on. Returns where it stopped: n, or the record that needs more room."""
@@ -514,15 +772,18 @@ def _fold(
                 return i
             outcomes[i] = _label(rows, p, plan, time, ids[i], labels[i])
             continue
-        if p[_NEWEST] != NULL and time <= p[_NEWEST] - plan.retention:
+        cell = time // plan.hop * plan.hop if plan.hop else time
+        if p[_NEWEST] != NULL and cell <= p[_NEWEST] - plan.retention:
             outcomes[i] = TOO_LATE
-        elif _known(rows, p, ids[i]):
+        elif not plan.hop and _known(rows, p, ids[i]):
             outcomes[i] = DUPLICATE
             continue
         else:
             if not _room_for_row(rows, heap, p):
                 return i
-            outcomes[i] = _insert(rows, p, plan, time, ids[i], values[i])
+            if not plan.hop and not _note(rows, heap, p, ids[i]):
+                return i
+            outcomes[i] = _insert(rows, p, plan, cell, ids[i] if not plan.hop else 0, values[i], flags[i])
         _read(rows, p, plan, time, edges, features[i])
     return len(slots)
 
@@ -541,14 +802,29 @@ def _pack(rows: Ints, table: Ints, plan: Plan, slots: Ints, starts: Ints, packed
         at = starts[s]
         packed[at], packed[at + 1], packed[at + 2] = p[_NEWEST], p[_LENGTH], p[_EARLY_LENGTH]
         at += 3
+        for c in range(len(plan.columns)):
+            if plan.columns[c, 3]:
+                packed[at] = rows[p[_START], SUMS + c] if p[_CHUNK] != _NONE else 0
+                at += 1
         for i in range(p[_START], p[_START] + p[_LENGTH]):
-            packed[at] = rows[i, _TIME] * 4 + rows[i, _STATE]
+            if plan.hop:
+                packed[at] = rows[i, _TIME]
+                for c in range(len(plan.columns)):
+                    packed[at + 1 + c] = rows[i + 1, SUMS + c] - rows[i, SUMS + c]
+                at += 1 + len(plan.columns)
+                continue
+            packed[at] = rows[i, _TIME] * 4 + (rows[i, _STATE] & 3)
             packed[at + 1] = rows[i, _ID]
+            at += 2
+            if plan.filters:
+                packed[at] = rows[i, _STATE] >> _LABEL_BITS
+                at += 1
             for v in range(plan.values):
-                column = _VALUES + 2 * v
-                valued = rows[i + 1, column + 1] != rows[i, column + 1]
-                packed[at + 2 + v] = rows[i + 1, column] - rows[i, column] if valued else NULL
-            at += 2 + plan.values
+                column, valued = plan.raw[v, 0], plan.raw[v, 1]
+                packed[at + v] = rows[i + 1, column] - rows[i, column]
+                if valued != _NONE and rows[i + 1, valued] == rows[i, valued]:
+                    packed[at + v] = NULL
+            at += plan.values
         for i in range(p[_EARLY], p[_EARLY] + p[_EARLY_LENGTH]):
             packed[at] = rows[i, _TIME] * 4 + rows[i, _STATE]
             packed[at + 1] = rows[i, _ID]
@@ -556,7 +832,9 @@ def _pack(rows: Ints, table: Ints, plan: Plan, slots: Ints, starts: Ints, packed
 
 
 @jit
-def _unpack(rows: Ints, table: Ints, heap: Ints, plan: Plan, slot: int, packed: Ints) -> bool:
+def _unpack(  # noqa: PLR0912 - by part
+    rows: Ints, table: Ints, heap: Ints, plan: Plan, slot: int, packed: Ints
+) -> bool:
     """Fill an empty slot. False, with the slot still empty, when the arena is full."""
     p = table[slot]
     length, early = packed[1], packed[2]
@@ -575,19 +853,33 @@ def _unpack(rows: Ints, table: Ints, heap: Ints, plan: Plan, slot: int, packed: 
             return False
     p[_NEWEST], p[_LENGTH], p[_EARLY_LENGTH] = packed[0], length, early
     at = 3
+    start, columns = p[_START], len(plan.columns)
     if length:
-        rows[p[_START]] = 0
-    for i in range(p[_START], p[_START] + length):
-        rows[i + 1] = rows[i]
+        rows[start] = 0
+    for c in range(columns):
+        if plan.columns[c, 3]:
+            if length:
+                rows[start, SUMS + c] = packed[at]
+            at += 1
+    for i in range(start, start + length):
+        _copy(rows, i + 1, i)
+        if plan.hop:
+            rows[i, _TIME], rows[i, _ID], rows[i, _STATE] = packed[at], 0, 0
+            for c in range(columns):
+                rows[i + 1, SUMS + c] += packed[at + 1 + c]
+            at += 1 + columns
+            continue
         rows[i, _TIME] = packed[at] >> 2
-        rows[i, _STATE] = packed[at] & 3
+        state = packed[at] & 3
         rows[i, _ID] = packed[at + 1]
-        rows[i + 1, _POSITIVES] += rows[i, _STATE] == POSITIVE
-        for v in range(plan.values):
-            if packed[at + 2 + v] != NULL:
-                rows[i + 1, _VALUES + 2 * v] += packed[at + 2 + v]
-                rows[i + 1, _VALUES + 2 * v + 1] += 1
-        at += 2 + plan.values
+        at += 2
+        if plan.filters:
+            state |= packed[at] << _LABEL_BITS
+            at += 1
+        rows[i, _STATE] = state
+        for c in range(columns):
+            rows[i + 1, SUMS + c] += _gain(plan, c, packed[at : at + plan.values], state)
+        at += plan.values
     for i in range(p[_EARLY], p[_EARLY] + early):
         rows[i, _TIME] = packed[at] >> 2
         rows[i, _STATE] = packed[at] & 3

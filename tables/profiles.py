@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from models.events import Batch, Decoded, Reason, key_bytes
+from models.filters import Filters
 from models.partitions import partitions_of
-from models.pipeline import Entity
+from models.pipeline import Entity, Field
 from models.records import FROM_STAGE, GAP, NEVER, NEWS, SEEN, chain, fresh, in_step, loosened, skew
 from models.windows import LABEL_EARLY, NULL, OUTCOMES, Arena, Bytes, Floats, Ints, lengthen, step
 from tables.store import Progress, Snapshot, Store, StoreError
@@ -95,8 +96,8 @@ class Touched:
 
 
 class Profiles:
-    """partitions: of the log, or of its writers' topics where those have more. numeric: the names of the
-    numeric block's columns. targets: partitions of the next entity's log.
+    """partitions: of the log, or of its writers' topics where those have more. columns: the fields of the
+    numeric block. targets: partitions of the next entity's log.
 
     partition_of: where a key belongs, checked for each record where others than stages write the log.
     mirrored: whether someone takes what is `touched`.
@@ -108,7 +109,7 @@ class Profiles:
         decode: Decode,
         open_store: Callable[[int, int | None], Store],
         partitions: int,
-        numeric: Sequence[str],
+        columns: Sequence[Field],
         partition_of: Callable[[bytes], int] | None = None,
         targets: int = 0,
         mirrored: bool = True,
@@ -123,7 +124,9 @@ class Profiles:
         self._partition_of = partition_of
         self._mirrored = mirrored
         self._arena = Arena(entity.plan)
-        self._value_columns: Ints = np.array([numeric.index(v) for v in entity.values], np.int64)
+        names = [field.name for field in columns]
+        self._value_columns: Ints = np.array([names.index(v) for v in entity.values], np.int64)
+        self._filters = Filters(entity, columns)
         self._slots: dict[Any, int] = {None: _NO_SLOT}
         self._stores: dict[int, Store] = {}
         self._positions: dict[int, int] = {}
@@ -155,7 +158,7 @@ class Profiles:
         arena, one = Arena(self.entity.plan), np.zeros(1, np.int64)
         arena.fold(
             np.array([arena.new()]), np.zeros(1, np.int8), one, one,
-            np.zeros((1, self.entity.plan.values), np.int64), np.zeros(1, np.int8),
+            np.zeros((1, self.entity.plan.values), np.int64), np.zeros(1, np.int8), np.zeros(1, np.int64),
         )  # fmt: skip
         arena.unpack(arena.pack(one)[0])
         arena.read_at(one, one)
@@ -297,7 +300,7 @@ class Profiles:
             batch, slots, logs, offsets = batch.take(order), slots[order], logs[order], offsets[order]
         values = np.ascontiguousarray(batch.fields[:, self._value_columns])
         features, outcomes = self._arena.fold(
-            slots, batch.kinds, batch.times, batch.ids, values, batch.labels
+            slots, batch.kinds, batch.times, batch.ids, values, batch.labels, self._filters.of(batch.fields)
         )
         # 5. remember what flush, mirror and metrics have to tell
         keyed = slots >= 0

@@ -18,13 +18,14 @@ from app.cli import main
 from app.kafka import wanted_topics
 from app.metrics import WorkerCollector
 from app.settings import Settings, variable
+from models.aggregates import KINDS
 from models.dead_letters import DeadLetter, Replayed
 from models.events import Code
 from models.expressions import FUNCTIONS
 from models.pipeline import find, parse, schema
 from models.predictions import Origin, Prediction
 from models.records import RecordCodec
-from models.windows import AGGREGATES, OUTCOMES
+from models.windows import OUTCOMES
 from tables.mirror import Mirror, connect
 from tests.conftest import PIPELINES, REPOSITORY
 
@@ -160,7 +161,7 @@ def test_every_topic() -> None:
 
 def test_every_aggregate_function_outcome_and_key() -> None:
     text = page("pipelines.md")
-    for name in AGGREGATES:
+    for name in KINDS:
         assert re.search(rf"^\| `{name}` \|", text, re.MULTILINE), name
     for name, (_, count) in FUNCTIONS.items():
         assert f"`{name}({', '.join('xy'[:count])})`" in text or f"`{name}(t)`" in text, name

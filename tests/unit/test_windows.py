@@ -3,38 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from models.aggregates import DECAYED, FOR_LIFE, IN_CELLS, KINDS, LISTS, OF_ROWS, Aggregate, plan
 from models.windows import (
     COUNT,
+    DECAYED_COUNT,
+    DISTINCT,
     DUPLICATE,
+    FIRST,
     FOLDED,
+    HALVINGS,
     LABEL_EARLY,
     LABEL_STALE,
     LABELLED,
+    LAST,
+    LAST_K,
     LATE,
+    MAX,
     MEAN,
+    MIN,
+    MOST_FREQUENT,
     NEGATIVE,
     NO_KEY,
     NULL,
     OUTCOMES,
     POSITIVE,
+    QUANTILE,
+    RATE,
     SHARE,
+    SINCE_LAST,
+    STDDEV,
     SUM,
     TOO_LATE,
     UNKNOWN,
-    Aggregate,
+    VARIANCE,
     Arena,
-    plan,
 )  # fmt: skip
 from tests.fixtures.histories import (
+    CLOSE_GAPS,
     PROFILES,
+    RESTART,
     SPAN,
     Break,
     Case,
@@ -184,7 +200,7 @@ def test_of_events_of_one_time_the_label_finds_its_own() -> None:
 
 
 def test_a_label_waits_for_its_event_even_across_a_restart() -> None:
-    worker = Worker(plan(RISK, 0, 0))
+    worker = Worker(plan(RISK, [], 0))
     _, outcomes = worker.fold([label(0, 100, 1, NEGATIVE), label(0, 100, 1, POSITIVE), Entry(0, 99, 2)])
     assert [OUTCOMES[o] for o in outcomes] == ["label_early", "label_early", "folded"]
     worker.restart()
@@ -266,6 +282,145 @@ def test_a_plan_without_aggregates_still_finds_duplicates() -> None:
     assert outcomes == ["folded", "duplicate", "folded", "too_late"]
 
 
+# --- every aggregate ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hop", [0, 4])
+def test_every_aggregate_on_dense_histories(hop: int) -> None:
+    """All kinds at once, each with several windows, delays and filters, on histories where much happens."""
+    found: dict[int, set[int]] = defaultdict(set)
+    for seed in range(6):
+        case = dense(seed, hop)
+        worker, truth = Worker(case.plan), Truth(case)
+        features, outcomes = worker.run(
+            case.history, [(37, RESTART), (50, CLOSE_GAPS), (20, 0), (61, RESTART)]
+        )
+        expected, expected_outcomes = truth.run(case.history)
+        assert outcomes.tolist() == expected_outcomes.tolist()
+        assert bits(features) == bits(expected)
+        assert worker.arena.pack(worker.all_slots()) == [truth.packed(p) for p in range(PROFILES)]
+        for place, a in enumerate(one for one in case.aggregates for _ in range(one.width)):
+            found[a.kind].update(bits(features[:, place]))
+    few = {name: len(found[kind]) for name, kind in KINDS.items() if kind in found and len(found[kind]) < 10}
+    assert few == {}, "else this would prove little"
+    assert found.keys() == (IN_CELLS if hop else set(KINDS.values()))
+
+
+def dense(seed: int, hop: int) -> Case:
+    """250 records of three profiles in 80 ms: late, tied, doubled, labelled, flipped."""
+    rng = np.random.default_rng(seed)
+    aggregates = []
+    for kind in KINDS.values():
+        if hop and kind not in IN_CELLS:
+            continue
+        for chosen in (None, 0, 1):
+            number = (
+                int(rng.integers(1, 4)) if kind in LISTS | DECAYED | {RATE} else int(rng.integers(1, 10**6))
+            )
+            window = number * HALVINGS if kind in DECAYED else int(rng.integers(4, SPAN))
+            window_or_life = None if kind in FOR_LIFE and rng.random() < 0.3 else window
+            delay, value, divisor = (
+                int(rng.choice([0, 3])),
+                int(rng.integers(2)),
+                1 if kind in OF_ROWS else 100,
+            )
+            aggregates.append(Aggregate(kind, window_or_life, delay, value, divisor, number, chosen))
+    history = []
+    for n in range(250):
+        time = max(0, n // 3 + int(rng.integers(-6, 1)))
+        values = tuple(None if rng.random() < 0.2 else int(rng.integers(-9, 9)) for _ in range(2))
+        event = Entry(
+            int(rng.integers(PROFILES)), time, int(rng.integers(200)), values, flags=int(rng.integers(4))
+        )
+        history.append(event)
+        if not hop:
+            known = history[int(rng.integers(len(history)))]
+            history.append(
+                label(known.profile, known.time, known.id, int(rng.choice([UNKNOWN, NEGATIVE, POSITIVE])))
+            )
+    return Case(2, aggregates, 5, history, filters=2, hop=hop)
+
+
+@given(st.lists(st.integers(-(2**46), 2**46) | st.integers(-3, 3), min_size=1, max_size=40))
+def test_a_variance_is_exact_until_its_last_rounding(values: list[int]) -> None:
+    """Against fractions of whole numbers, and so for values whose squares no float64 holds."""
+    history = [Entry(0, i, i, (v,)) for i, v in enumerate(values)]
+    features, _, _ = fold([Aggregate(VARIANCE, HOUR)], *history, columns=1)
+    n = len(values)
+    exact = Fraction(sum(v * v for v in values), n) - Fraction(sum(values), n) ** 2
+    assert features[-1][0] == pytest.approx(float(exact), rel=1e-15)
+
+
+def test_the_aggregates_of_a_small_history() -> None:
+    """To be read: four payments of 1, 3, 3 and 5 at 0, 1, 2 and 4 s."""
+    payments = [Entry(0, 1000 * t, t, (v,)) for t, v in ((0, 100), (1, 300), (2, 300), (4, 500))]
+
+    def last(kind: int, number: int = 0, window: int | None = 10_000) -> list[float]:
+        return fold([Aggregate(kind, window, divisor=100, number=number)], *payments, columns=1)[0][-1]
+
+    assert last(VARIANCE) == [2.0]
+    assert last(STDDEV) == [math.sqrt(2.0)]
+    assert (last(FIRST), last(LAST), last(MIN), last(MAX)) == ([1.0], [5.0], [1.0], [5.0])
+    assert last(LAST_K, 3) == [5.0, 3.0, 3.0]
+    assert (last(DISTINCT), last(QUANTILE, 500_000), last(QUANTILE, 760_000)) == ([3.0], [3.0], [5.0])
+    assert last(MOST_FREQUENT, 2) == [3.0, 1.0], "3 comes twice, and of the others 1 is the smallest"
+    assert last(SUM, window=None) == [12.0]
+
+    def rows(kind: int, number: int = 0, window: int = 10_000) -> float:
+        return fold([Aggregate(kind, window, number=number)], *payments, columns=1)[0][-1][0]
+
+    assert rows(SINCE_LAST) == 2.0, "the event itself is not before itself"
+    assert rows(RATE, 1000) == 0.4
+    assert rows(DECAYED_COUNT, 1000, 24_000) == 1 + 2**-2 + 2**-3 + 2**-4
+
+
+def test_what_counts_for_life_outlives_its_rows() -> None:
+    aggregates = [Aggregate(COUNT, None), Aggregate(SUM, None), Aggregate(COUNT, 10)]
+    history = [Entry(0, 100 * i, i, (i,)) for i in range(9)]
+    features, _, worker = fold(aggregates, *history, columns=1)
+    assert features[-1] == [9, 36, 1]
+    worker.restart()
+    assert worker.fold([Entry(0, 1000, 99, (4,))])[0].tolist() == [[10, 40, 1]]
+
+
+def test_a_cell_is_one_row_however_much_is_in_it() -> None:
+    case = Case(1, [Aggregate(COUNT, 4000), Aggregate(SUM, 4000)], 0, [], hop=1000)
+    worker = Worker(case.plan)
+    features, _ = worker.fold([Entry(0, i, 7, (1,)) for i in range(10_000)])
+    assert features[-1].tolist() == [4000, 4000], "from 6,000 to 9,999"
+    assert len(worker.arena.pack(np.zeros(1, np.int64))[0]) < 300
+
+
+# --- long profiles -----------------------------------------------------------------------------
+
+
+def test_a_long_profile_knows_its_ids() -> None:
+    """Through growth of its index, forgotten rows, a move of the arena, and a restart."""
+    aggregates, n = [Aggregate(COUNT, 2000)], 3000
+    case = Case(0, aggregates, 0, [])
+    worker = Worker(case.plan)
+    ids = np.random.default_rng(5).permutation(np.arange(-n // 2, n // 2)).tolist()
+    history = [Entry(0, t, ids[t]) for t in range(n)]
+    assert set(worker.fold(history)[1].tolist()) == {FOLDED}
+    again = [Entry(0, n - 1, i) for i in ids[n - 2000 + 1 :]]
+    for then in (lambda: None, worker.arena.close_gaps, worker.restart):
+        then()
+        assert set(worker.fold(again)[1].tolist()) == {DUPLICATE}
+    # ids that were forgotten are new, and so is one that looks like a free place
+    fresh = [Entry(0, n - 1, i) for i in (*ids[: n - 2000], NULL)]
+    assert set(worker.fold(fresh)[1].tolist()) == {FOLDED}
+    assert set(worker.fold(fresh)[1].tolist()) == {DUPLICATE}
+
+
+def test_a_profile_that_was_long_and_is_again_knows_its_ids() -> None:
+    worker = Worker(plan([Aggregate(COUNT, 1000)], [], 0))
+    worker.fold([Entry(0, i, i) for i in range(400)])
+    short = [Entry(0, 2000 + i, 1000 + i) for i in range(200)]  # the others are forgotten
+    worker.fold(short)
+    worker.fold([Entry(0, 2200 + i, 2000 + i) for i in range(200)])
+    assert set(worker.fold([replace(e, time=2400) for e in short])[1].tolist()) == {DUPLICATE}
+
+
 # --- memory ------------------------------------------------------------------------------------
 
 
@@ -296,7 +451,7 @@ def test_unpacking_grows_the_arena_too() -> None:
 def _one_event(slot: int) -> tuple[np.ndarray, ...]:
     return (
         np.array([slot]), np.zeros(1, np.int8), np.array([7]), np.array([777]),
-        np.zeros((1, 0), np.int64), np.zeros(1, np.int8),
+        np.zeros((1, 0), np.int64), np.zeros(1, np.int8), np.zeros(1, np.int64),
     )  # fmt: skip
 
 
@@ -315,7 +470,7 @@ def test_what_is_freed_is_used_again() -> None:
 def test_what_was_outgrown_is_used_again() -> None:
     """Sixty profiles of 20 rows, then of 20 waiting labels, in chunks of 32: those of 4, 8 and 16 are shared."""
     for entries in ([Entry(0, i, i) for i in range(20)], [label(0, i, i, POSITIVE) for i in range(20)]):
-        worker = Worker(plan([Aggregate(COUNT, 1000)], 0, 0))
+        worker = Worker(plan([Aggregate(COUNT, 1000)], [], 0))
         for profile in range(60):
             worker.fold([replace(e, profile=profile) for e in entries])
         assert worker.arena.nbytes == Arena(worker.plan, 2048).nbytes
@@ -332,7 +487,7 @@ def test_what_did_not_fit_is_used_again() -> None:
 
 def test_memory_follows_what_is_in_use() -> None:
     """Many small profiles, some of them freed, then few large ones: chunks of one size become the other's."""
-    worker = Worker(plan([Aggregate(COUNT, 10**6)], 0, 0))
+    worker = Worker(plan([Aggregate(COUNT, 10**6)], [], 0))
     arena, n = worker.arena, 30_000
     worker.fold([Entry(p, p, p) for p in range(n)])
     full, kept = arena.nbytes, np.arange(0, n, 10)
@@ -361,7 +516,7 @@ def test_a_freed_slot_comes_back_empty() -> None:
 def test_forgotten_rows_make_room() -> None:
     """A profile that lives for ever takes the memory of its retention."""
     aggregates = [Aggregate(COUNT, 100)]
-    worker = Worker(plan(aggregates, 0, 0))
+    worker = Worker(plan(aggregates, [], 0))
     worker.fold([Entry(0, i, i) for i in range(400)])
     before = worker.arena.nbytes
     features, _ = worker.fold([Entry(0, i, i) for i in range(400, 20_000)])
@@ -370,7 +525,7 @@ def test_forgotten_rows_make_room() -> None:
 
 
 def test_nothing_packs_to_nothing() -> None:
-    worker = Worker(plan(COUNT_1H, 0, 0))
+    worker = Worker(plan(COUNT_1H, [], 0))
     assert worker.arena.pack(np.zeros(0, np.int64)) == []
     features, outcomes = worker.fold([])
     assert features.shape == (0, 1) and outcomes.shape == (0,)
@@ -388,7 +543,7 @@ def test_nothing_packs_to_nothing() -> None:
 def test_retention_is_the_longest_reach_and_the_lateness(
     aggregates: list[Aggregate], lateness: int, retention: int
 ) -> None:
-    assert plan(aggregates, 0, lateness).retention == retention
+    assert plan(aggregates, [], lateness).retention == retention
 
 
 def test_outcomes_have_the_codes_of_their_names() -> None:
