@@ -115,15 +115,10 @@ def _refused(name: str, before: Field | None, after: Field | None) -> tuple[Leve
             return "safe", "events without it are taken as they are"
         return "breaks", f"events without {name} {missing}"
     if not _fits(before, after):
-        said = (
-            "is read in another unit"
-            if before.type == after.type == "timestamp"
-            else "goes to the dead letters"
-        )
-        return (
-            "breaks",
-            f"what producers send as {name} now {said}: add a field of another name, or {_NEW_INSTANCE}",
-        )
+        timed = before.type == after.type == "timestamp" and "iso" not in (before.unit, after.unit)
+        said = "is read in another unit" if timed else "goes to the dead letters where it does not fit"
+        effect = f"what is sent as {name} now {said}: add a field of another name, or {_NEW_INSTANCE}"
+        return "breaks", effect
     if before.optional and not after.optional:
         return "breaks", f"events without {name} {missing.replace('send it first', 'send it always')}"
     return "safe", "events as they are sent now are taken"
@@ -150,16 +145,19 @@ def _labels(before: Pipeline, after: Pipeline) -> Iterator[Change]:
     lacking = sorted(_needs_of_labels(after) - _needs_of_labels(before))
     if lacking:
         names = ", ".join(lacking)
-        effect = f"labels without {names} go to the dead letters (missing-field): let their producers send it first"
+        effect = (
+            f"labels without {names} go to the dead letters (missing-field), or do not reach their entity where a "
+            "key is optional: let their producers send it first"
+        )
         yield Change("labels", f"need {names}", "breaks", effect)
 
 
 def _needs_of_labels(pipeline: Pipeline) -> set[str]:
-    """The fields without which a label is refused."""
-    assert pipeline.labels is not None
-    stream = pipeline.stream
-    keys = {e.key for e in pipeline.entities if e.labelled and not stream.fields[e.key].optional}
-    return keys | {stream.id, stream.time, pipeline.labels.field, pipeline.labels.known}
+    """The fields that a label must carry to be of use."""
+    stream, labels = pipeline.stream, pipeline.labels
+    assert labels is not None
+    keys = {e.key for e in pipeline.entities if e.labelled}
+    return keys | {stream.id, stream.time, labels.field, labels.known}
 
 
 # --- entities and the rest -----------------------------------------------------------------------
