@@ -80,7 +80,10 @@ CASES: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
     ],
     "a string field that nothing uses becomes a number": [(field("NOTE: string"), ("NOTE: string", "NOTE: int"))],
     "another `unit` of a timestamp": [((), ("unit: ms", "unit: s")), ((), ("unit: ms", "unit: iso"))],
-    "a field that is used becomes optional": [((), (KEY, "CUSTOMER: {type: int, optional: true}"))],
+    "a field that is used becomes optional": [
+        ((), (KEY, "CUSTOMER: {type: int, optional: true}")),
+        ((*field("SIZE: int"), "hour(AT) <= 6", "SIZE <= 6"), ("SIZE: int", "SIZE: {type: int, optional: true}")),
+    ],
     "a field that is used becomes required": [((), ("SHOP: {type: string, optional: true}", "SHOP: string"))],
     "another field is the `id` or the `time`, without labels": [
         (UNLABELLED, ("id: ID", "id: CUSTOMER")),
