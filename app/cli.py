@@ -118,37 +118,61 @@ def status(as_json: bool) -> None:
 # --- pipelines ---------------------------------------------------------------------------------
 
 
-@main.command(epilog="Example: headrace check configs/pipelines/card-fraud.yaml")
+@main.command(epilog="Example: headrace check configs/pipelines/card-fraud.yaml --against topic")
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    metavar="topic|FILE",
+    help="What is in the topics, another version of the pipeline "
+    "(.yaml), or a file of events (.parquet, .csv, .ndjson).",
+)
+@click.option("--as", "alias", metavar="NAME", help="The instance whose topics are looked at.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Events a day of an entity, for estimates, where --against measures none.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, by pipeline.")
-def check(files: tuple[Path, ...], as_json: bool) -> None:
-    """Check pipeline files, all of configs/pipelines by default. Exit 2 if one is wrong."""
-    from app.terminal import table
+def check(
+    files: tuple[Path, ...], against: str | None, alias: str | None, rate: float, as_json: bool
+) -> None:
+    """Check pipeline files, all of configs/pipelines by default, and say what they will need.
+
+    Exit 2 if one is wrong, 1 if what it is compared with breaks: events or labels that are sent now would be
+    refused, misread or not read. A change that asks for a rebuild is told, with exit 0.
+    """
+    import logging
+
+    from app import check as checks
+    from app.local import services
     from models.pipeline import PipelineError, load
 
-    folder = _settings().pipelines
+    logging.getLogger("aiokafka").setLevel(
+        logging.CRITICAL
+    )  # a Kafka that does not answer is told in a sentence
+    settings = _settings()
     found, wrong = [], False
-    for file in files or sorted(folder.glob("*.yaml")):
+    for file in files or sorted(settings.pipelines.glob("*.yaml")):
         try:
-            found.append(load(file))
+            found.append(load(file, alias))
         except PipelineError as error:
             click.echo(str(error), err=True)
             wrong = True
+    reports = checks.examine(found, against, alias, rate, services.addresses(settings)) if found else []
     if as_json:
-        _print_json({p.name: {"definition": p.definition, "vector": p.vector} for p in found})
-    elif found:
-        table(
-            ["pipeline", "definition", "entities", "features", "vector"],
-            [
-                [p.name, p.definition, " > ".join(e.name for e in p.entities),
-                 sum(len(e.features) for e in p.entities), len(p.vector)]
-                for p in found
-            ],
-        )  # fmt: skip
+        _print_json({r.pipeline.name: r.as_dict() for r in reports})
+    elif reports:
+        checks.show(reports)
     if not found and not wrong:
-        raise HeadraceError(f"There is no pipeline file in {folder}; write one, or set HEADRACE_PIPELINES.")
+        raise HeadraceError(
+            f"There is no pipeline file in {settings.pipelines}; write one, or set HEADRACE_PIPELINES."
+        )
     if wrong:
         sys.exit(2)
+    if any(report.breaks for report in reports):
+        sys.exit(1)
 
 
 @main.command(epilog="Example: headrace schema > configs/pipelines/schema.json")

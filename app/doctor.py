@@ -161,10 +161,7 @@ class _Doctor:
         self._rows.append(Row("services", label, "wrong", f"does not answer: {why}", remedy))
 
     async def _topics(self) -> None:
-        names = list(kafka.wanted_topics(self._pipeline))
-        counts = await kafka.partitions_of(self._address, names)
-        there = [name for name in names if counts[name]]
-        configs = await kafka.configs_of(self._address, there) if there else {}
+        counts, configs = await kafka.topics_as_they_are(self._address, self._pipeline)
         self._rows += diagnosis.topics(self._pipeline, counts, configs)
         self._counts = counts
 

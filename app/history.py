@@ -1,15 +1,18 @@
-"""Parquet files of events, as columns of the fold: read, computed, written."""
+"""Files of events, as columns of the fold: read, computed, written."""
 
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from models.errors import HeadraceError
@@ -99,6 +102,33 @@ def compute(source: Path, target: Path, pipeline: Pipeline) -> int:
     return len(table)
 
 
+def tables(path: Path, pipeline: Pipeline) -> Iterator[pa.Table]:
+    """A Parquet or CSV file in pieces, with all that it has, checked against nothing. Raises FileWrong.
+
+    A CSV column of a string field is text whatever it looks like; of the others the first megabyte decides.
+    """
+    kind = "CSV" if path.suffix == ".csv" else "Parquet"
+    try:
+        if kind == "CSV":
+            texts = {f.name: pa.string() for f in pipeline.stream.fields.values() if f.type == "string"}
+            options = pcsv.ConvertOptions(column_types=texts, strings_can_be_null=True)
+            batches = pcsv.open_csv(path, convert_options=options)
+        else:
+            batches = pq.ParquetFile(path).iter_batches()
+        for batch in batches:
+            yield pa.Table.from_batches([batch])
+    except (OSError, pa.ArrowInvalid) as error:
+        raise FileWrong(f"{path} cannot be read as {kind} ({error}).") from None
+
+
+def as_json(table: pa.Table, fields: list[Field]) -> list[bytes]:
+    """Rows as the JSON of these fields."""
+    struct: Any = msgspec.defstruct("Row", [(f.name, Any) for f in fields], gc=False)
+    columns = [_plain(table[f.name], f) for f in fields]
+    encode = msgspec.json.Encoder().encode
+    return [encode(struct(*row)) for row in zip(*columns, strict=True)]
+
+
 @dataclass
 class Training:
     """What `compute` wrote and training reads: vectors (n, width), labels (n,) 0 or 1, times (n,) ms."""
@@ -171,6 +201,15 @@ def _times(column: Any, field: Field) -> Ints:
     if field.unit == "iso":
         raise pa.ArrowInvalid("a number is no ISO time; write a timestamp column")
     return {"s": whole * 1000, "ms": whole, "us": whole // 1000}[field.unit]
+
+
+def _plain(column: Any, field: Field) -> list[Any]:
+    if field.type == "timestamp" and pa.types.is_timestamp(column.type):
+        if field.unit == "iso":
+            return [v.isoformat() for v in column.to_pylist()]
+        column = pc.cast(pc.cast(column, pa.timestamp(field.unit, column.type.tz), safe=False), pa.int64())
+    values: list[Any] = column.to_pylist()
+    return values
 
 
 def _ids(table: pa.Table, pipeline: Pipeline) -> Ints:

@@ -234,6 +234,15 @@ async def configs_of(address: str, names: Iterable[str]) -> dict[str, dict[str, 
         }
 
 
+async def topics_as_they_are(
+    address: str, pipeline: Pipeline
+) -> tuple[dict[str, int], dict[str, dict[str, str]]]:
+    """Partitions of each topic of a pipeline, 0 where it does not exist, and the settings of those that do."""
+    counts = await partitions_of(address, wanted_topics(pipeline))
+    there = [name for name, count in counts.items() if count]
+    return counts, await configs_of(address, there) if there else {}
+
+
 async def offsets_of(address: str, counts: Mapping[str, int], time_ms: int | None = None) -> list[Span]:
     """What each partition of these topics holds now; from a time on: of records that came no earlier."""
     tps = [TopicPartition(topic, p) for topic, count in counts.items() for p in range(count)]

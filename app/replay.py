@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from agents.outbox import Outbox
 from app import history, kafka
@@ -66,7 +64,7 @@ def tape(path: Path, pipeline: Pipeline, start: str | None = None, end: str | No
 def _record(table: pa.Table, part: History, known: Ints | None, pipeline: Pipeline) -> Tape:
     stream, labels = pipeline.stream, pipeline.labels
     n = len(table)
-    values = _encode(table, list(stream.fields.values()))
+    values = history.as_json(table, list(stream.fields.values()))
     keys = _keys(table[pipeline.entities[0].key])
     if labels is None or part.labels is None or known is None:
         return Tape(part, np.arange(n), np.zeros(n, np.bool_), keys, values)
@@ -80,7 +78,7 @@ def _record(table: pa.Table, part: History, known: Ints | None, pipeline: Pipeli
         Field(labels.known, "timestamp", unit=stream.fields[stream.time].unit),
     ]
     label_table = table.take(pa.array(labelled))
-    values = _encode(label_table, fields) + values
+    values = history.as_json(label_table, fields) + values
     keys = _keys(label_table[stream.id]) + keys
     rows = np.concatenate([labelled, np.arange(n)])
     return Tape(
@@ -171,23 +169,6 @@ def parse_rate(text: str) -> float | None:
     if not rate > 0:
         raise HeadraceError(f"--rate {text!r} is no rate; write a number of events a second, or max.")
     return rate
-
-
-def _encode(table: pa.Table, fields: list[Field]) -> list[bytes]:
-    """Rows as the JSON of these fields."""
-    struct: Any = msgspec.defstruct("Row", [(f.name, Any) for f in fields], gc=False)
-    columns = [_plain(table[f.name], f) for f in fields]
-    encode = msgspec.json.Encoder().encode
-    return [encode(struct(*row)) for row in zip(*columns, strict=True)]
-
-
-def _plain(column: Any, field: Field) -> list[Any]:
-    if field.type == "timestamp" and pa.types.is_timestamp(column.type):
-        if field.unit == "iso":
-            return [v.isoformat() for v in column.to_pylist()]
-        column = pc.cast(pc.cast(column, pa.timestamp(field.unit, column.type.tz), safe=False), pa.int64())
-    values: list[Any] = column.to_pylist()
-    return values
 
 
 def _keys(column: Any) -> list[bytes | None]:

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -213,6 +214,7 @@ class Pipeline:
     lateness: int
     predictions_carry_features: bool
     definition: str  # the definition hash: 16 hex digits
+    spec: PipelineSpec  # what it was compiled from, to be compared with another version
 
     @property
     def predictions(self) -> str:
@@ -244,10 +246,11 @@ class Pipeline:
         raise HeadraceError(f"The pipeline {self.name} has no entity {name!r}; it has {known}.")
 
 
-def load(path: Path, alias: str | None = None) -> Pipeline:
+def load(path: Path, alias: str | None = None, any_name: bool = False) -> Pipeline:
     """Read, check and compile one pipeline file. Raises PipelineError.
 
     alias: run under another name, with topics and stores of its own.
+    any_name: the file need not be named like the pipeline: it holds another version.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -256,7 +259,7 @@ def load(path: Path, alias: str | None = None) -> Pipeline:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise PipelineError(f"{path}:{line}: this is not UTF-8; save the file as UTF-8.") from None
-    return parse(text, str(path), alias)
+    return parse(text, f"<{path}>" if any_name else str(path), alias)
 
 
 def find(name: str, folder: Path, alias: str | None = None) -> Pipeline:
@@ -379,6 +382,7 @@ class _Compiler:
             lateness=lateness,
             predictions_carry_features=spec.predictions_carry_features,
             definition=_definition(stream, labels, entities, transforms, spec.vector),
+            spec=spec,
         )
         self.topics(pipeline)
         return pipeline
@@ -567,13 +571,18 @@ class _Compiler:
 
     def duration(self, text: str, *at: Any) -> int:
         """Milliseconds of '90s', '1h', '7d'."""
-        match = re.fullmatch(r"(\d+)(ms|s|m|h|d)", text)
-        if not match:
+        duration = milliseconds(text)
+        if duration is None:
             raise self.fail(at, f"{text!r} is no duration; write a whole number and ms, s, m, h or d: 7d.")
-        duration = int(match[1]) * _UNITS_MS[match[2]]
         if duration > LONGEST_MS:
             raise self.fail(at, f"{text!r} is longer than 4000 days.")
         return duration
+
+
+def milliseconds(text: str) -> int | None:
+    """Milliseconds of '90s', '1h', '7d'; None for what is no duration."""
+    match = re.fullmatch(r"(\d+)(ms|s|m|h|d)", text)
+    return int(match[1]) * _UNITS_MS[match[2]] if match else None
 
 
 class _Features:
@@ -771,14 +780,22 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+def used_fields(
+    stream: Stream, entities: tuple[Entity, ...], transforms: dict[str, expressions.Expression],
+    vector: Sequence[str],
+) -> set[str]:  # fmt: skip
+    """The fields whose type decides a feature's value."""
+    used = {stream.id, stream.time, *(e.key for e in entities), *(v for e in entities for v in e.values)}
+    used |= {name for e in entities for f in e.filters for name in f.uses}
+    return used | {name for t in transforms.values() for name in t.uses} | (set(vector) & set(stream.fields))
+
+
 def _definition(
     stream: Stream, labels: Labels | None, entities: tuple[Entity, ...],
     transforms: dict[str, expressions.Expression], vector: list[str],
 ) -> str:  # fmt: skip
     """A hash of all that decides a feature's value, and of nothing else: no topic, no decision, no comment."""
-    used = {stream.id, stream.time, *(e.key for e in entities), *(v for e in entities for v in e.values)}
-    used |= {name for t in transforms.values() for name in t.uses} | (set(vector) & set(stream.fields))
-    used |= {name for e in entities for f in e.filters for name in f.uses}
+    used = used_fields(stream, entities, transforms, vector)
     meaning = {
         "meaning": MEANING,
         "id": stream.id,

@@ -1,0 +1,262 @@
+"""What becomes of a running instance when its pipeline file changes: `compare` two versions of it.
+
+Parsed structures are compared key by key, so a key that a file gains is compared without being named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from models.pipeline import (
+    EntitySpec,
+    FeatureSpec,
+    Field,
+    FieldSpec,
+    Pipeline,
+    StreamSpec,
+    milliseconds,
+    used_fields,
+)
+
+Level = Literal["safe", "rebuild", "breaks"]
+
+_REBUILD = "stores and mirror are folded again from the log: compute features and train before workers start"
+_NEW_INSTANCE = "give it a topic of its own in a new instance (--as), and move producers there"
+# Keys of a file that decide no feature's value: what a change of them does.
+_HARMLESS = {
+    "model": "it counts from the next `headrace train` on",
+    "predictions_carry_features": "consumers that read features of predictions find them or not",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference. what: where in the file; change: from what to what; effect: what happens, and the remedy.
+
+    level: `safe`; `rebuild`, the definition hash changes, so stores and mirror are folded again and models
+    are trained anew; `breaks`, what running producers send is refused, misread or not read.
+    """
+
+    what: str
+    change: str
+    level: Level
+    effect: str
+
+
+def compare(before: Pipeline, after: Pipeline) -> list[Change]:
+    """What differs between two versions of a pipeline, in the order of its file. Empty where nothing does."""
+    changes = [
+        *_names(before, after),
+        *_stream(before, after),
+        *_labels(before, after),
+        *_entities(before, after),
+        *_others(before, after),
+    ]
+    if before.definition != after.definition and all(change.level == "safe" for change in changes):
+        order = "order of numeric fields, entities or features"
+        changes.append(Change("definition", order, "rebuild", _REBUILD))
+    return changes
+
+
+def _names(before: Pipeline, after: Pipeline) -> Iterator[Change]:
+    if before.instance != after.instance:
+        effect = (
+            f"its topics, stores, mirror and models are others: run `headrace topics create` and train, "
+            f"and consumers read {after.predictions}"
+        )
+        yield Change("name", f"{before.instance} > {after.instance}", "rebuild", effect)
+    topics = [("streams", before.stream.topic, after.stream.topic)]
+    if before.labels and after.labels:
+        topics.append(("labels", before.labels.topic, after.labels.topic))
+    for what, old, new in topics:
+        if old != new:
+            effect = (
+                f"what is sent to {old} is not read any more, and stores hold positions of it: run a new "
+                f"instance (--as), and move producers to {new}"
+            )
+            yield Change(f"{what}.topic", f"{old} > {new}", "breaks", effect)
+
+
+# --- the stream's events and the labels ----------------------------------------------------------
+
+
+def _stream(before: Pipeline, after: Pipeline) -> Iterator[Change]:
+    (old,), (new,) = (
+        [msgspec.convert(data, StreamSpec) for data in p.spec.streams.values()] for p in (before, after)
+    )
+    change = _differences(_plain(old, "fields", "topic"), _plain(new, "fields", "topic"))
+    if change:
+        yield Change("streams", change, "rebuild", _REBUILD)
+    used = _used(before) | _used(after)
+    for name in {**before.stream.fields, **after.stream.fields}:
+        a, b = before.stream.fields.get(name), after.stream.fields.get(name)
+        if a == b:
+            continue
+        change = _differences(_field(old, name), _field(new, name)) if a and b else _came(a)
+        level, effect = _refused(name, a, b)
+        # Numeric fields, used or not, are columns of the records between stages.
+        column = not (a and b) and any(f.type != "string" for f in (a, b) if f)
+        if name in used or column:
+            level, effect = "breaks" if level == "breaks" else "rebuild", f"{effect}; {_REBUILD}"
+        yield Change(f"streams.fields.{name}", change, level, effect)
+
+
+def _refused(name: str, before: Field | None, after: Field | None) -> tuple[Level, str]:
+    """What becomes of events as producers send them now."""
+    if after is None:
+        return "safe", "events may go on carrying it: fields that a file does not name are ignored"
+    missing = "go to the dead letters (missing-field): let producers send it first, or declare it optional"
+    if before is None:
+        if after.optional:
+            return "safe", "events without it are taken as they are"
+        return "breaks", f"events without {name} {missing}"
+    if not _fits(before, after):
+        timed = before.type == after.type == "timestamp" and "iso" not in (before.unit, after.unit)
+        said = "is read in another unit" if timed else "goes to the dead letters where it does not fit"
+        effect = f"what is sent as {name} now {said}: add a field of another name, or {_NEW_INSTANCE}"
+        return "breaks", effect
+    if before.optional and not after.optional:
+        return "breaks", f"events without {name} {missing.replace('send it first', 'send it always')}"
+    return "safe", "events as they are sent now are taken"
+
+
+def _fits(before: Field, after: Field) -> bool:
+    """Whether each value that was sent for the one is a value of the other, and the same."""
+    if before.type == after.type:
+        same_unit = before.unit == after.unit or before.type != "timestamp"
+        return same_unit and before.divisor <= after.divisor
+    return (before.type, after.type) in {("int", "decimal"), ("int", "float"), ("decimal", "float")}
+
+
+def _labels(before: Pipeline, after: Pipeline) -> Iterator[Change]:
+    if before.labels is None and after.labels is None:
+        return
+    if before.labels is None or after.labels is None:
+        came = "run `headrace topics create`; " if after.labels else "labels that are sent are not read; "
+        yield Change("labels", _came(before.labels), "rebuild", came + _REBUILD)
+        return
+    if before.labels.field != after.labels.field:
+        change = f"{before.labels.field} > {after.labels.field}"
+        yield Change("labels.field", change, "rebuild", _REBUILD)
+    lacking = sorted(_needs_of_labels(after) - _needs_of_labels(before))
+    if lacking:
+        names = ", ".join(lacking)
+        effect = (
+            f"labels without {names} go to the dead letters (missing-field), or do not reach their entity where a "
+            "key is optional: let their producers send it first"
+        )
+        yield Change("labels", f"need {names}", "breaks", effect)
+
+
+def _needs_of_labels(pipeline: Pipeline) -> set[str]:
+    """The fields that a label must carry to be of use."""
+    stream, labels = pipeline.stream, pipeline.labels
+    assert labels is not None
+    keys = {e.key for e in pipeline.entities if e.labelled}
+    return keys | {stream.id, stream.time, labels.field, labels.known}
+
+
+# --- entities and the rest -----------------------------------------------------------------------
+
+
+def _entities(before: Pipeline, after: Pipeline) -> Iterator[Change]:
+    first, now = before.entities[0], after.entities[0]
+    if first.key != now.key:
+        effect = (
+            f"producers key events by {first.key}, so those whose {now.key} belongs in another partition go to "
+            f"the dead letters (wrong-key): {_NEW_INSTANCE}, keyed by {now.key}"
+        )
+        yield Change("entities", f"first key: {first.key} > {now.key}", "breaks", effect)
+    old, new = (
+        {name: msgspec.convert(data, EntitySpec) for name, data in p.spec.entities.items()}
+        for p in (before, after)
+    )
+    for name in {**old, **new}:
+        at = f"entities.{name}"
+        if name not in old or name not in new:
+            came = "run `headrace topics create`; " if name in new and name != now.name else ""
+            yield Change(at, _came(old.get(name)), "rebuild", came + _REBUILD)
+            continue
+        change = _differences(_plain(old[name], "features"), _plain(new[name], "features"))
+        if change:
+            yield Change(at, change, "rebuild", _REBUILD)
+        yield from _by_name(f"{at}.features", _features(old[name]), _features(new[name]))
+
+
+def _others(before: Pipeline, after: Pipeline) -> Iterator[Change]:
+    texts = [{name: {"is": t.text} for name, t in p.transforms.items()} for p in (before, after)]
+    yield from _by_name("transforms", *texts)
+    told = ("name", "streams", "labels", "entities", "transforms")
+    old, new = _plain(before.spec, *told), _plain(after.spec, *told)
+    for key in old:
+        if _meant(old[key]) == _meant(new[key]):
+            continue
+        decides = key not in _HARMLESS and before.definition != after.definition
+        effect = _HARMLESS.get(key, _REBUILD if decides else "no feature's value changes")
+        yield Change(key, _change(old[key], new[key]), "rebuild" if decides else "safe", effect)
+
+
+def _by_name(at: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
+    for name in {**old, **new}:
+        if name not in old or name not in new:
+            yield Change(f"{at}.{name}", _came(old.get(name)), "rebuild", _REBUILD)
+        elif change := _differences(old[name], new[name]):
+            yield Change(f"{at}.{name}", change, "rebuild", _REBUILD)
+
+
+# --- structures ------------------------------------------------------------------------------------
+
+
+def _used(pipeline: Pipeline) -> set[str]:
+    return used_fields(pipeline.stream, pipeline.entities, pipeline.transforms, pipeline.vector)
+
+
+def _features(entity: EntitySpec) -> dict[str, dict[str, Any]]:
+    return {name: _plain(msgspec.convert(data, FeatureSpec)) for name, data in entity.features.items()}
+
+
+def _field(stream: StreamSpec, name: str) -> dict[str, Any]:
+    data = stream.fields[name]
+    return _plain(msgspec.convert({"type": data} if isinstance(data, str) else data, FieldSpec))
+
+
+def _plain(spec: msgspec.Struct, *without: str) -> dict[str, Any]:
+    """A part of a file as plain data, with its defaults."""
+    data: dict[str, Any] = msgspec.to_builtins(spec)
+    return {key: value for key, value in data.items() if key not in without}
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The keys with other values, as `window: 1h > 2h`; empty where none is. Durations are equal by length."""
+    return ", ".join(
+        f"{key}: {_change(old.get(key), new.get(key))}"
+        for key in {**old, **new}
+        if _meant(old.get(key)) != _meant(new.get(key))
+    )
+
+
+def _change(old: Any, new: Any) -> str:
+    """From what to what; of a mapping its differences, of a list what came and went."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return _differences(old, new)
+    if isinstance(old, list) and isinstance(new, list):
+        gone = [f"-{_said(x)}" for x in old if x not in new]
+        return ", ".join(gone + [f"+{_said(x)}" for x in new if x not in old]) or "another order"
+    return f"{_said(old)} > {_said(new)}"
+
+
+def _meant(value: Any) -> Any:
+    duration = milliseconds(value) if isinstance(value, str) else None
+    return value if duration is None else duration
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def _came(before: object | None) -> str:
+    return "added" if before is None else "removed"
