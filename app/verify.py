@@ -120,7 +120,7 @@ async def lead(pipeline: Pipeline, address: str) -> int:
 
 async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
     """The vectors of all events of the stream, by a fold of the logs in log order."""
-    numeric = [f.name for f in pipeline.stream.numeric]
+    numeric = [f.name for f in pipeline.stream.columns]
     first = pipeline.entities[0]
     count = (await kafka.partitions_of(address, [first.log]))[first.log]
     records, logs, offsets = await _read(address, first.log)

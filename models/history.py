@@ -35,7 +35,7 @@ def fold_history(pipeline: Pipeline, history: History) -> Floats:
     A label takes its place right behind its event, so a feature sees it from its delay on.
     """
     features = []
-    numeric = [f.name for f in pipeline.stream.numeric]
+    numeric = [f.name for f in pipeline.stream.columns]
     for entity in pipeline.entities:
         columns = np.array([numeric.index(v) for v in entity.values], np.int64)
         values = np.ascontiguousarray(history.fields[:, columns])

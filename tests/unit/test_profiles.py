@@ -28,7 +28,7 @@ from tests.fixtures.logs import Fetched, Mortal, log, order
 from tests.fixtures.pipelines import shop
 
 SHOP = shop()
-NUMERIC = [f.name for f in SHOP.stream.numeric]
+NUMERIC = [f.name for f in SHOP.stream.columns]
 PARTITIONS = 3
 # Of records between stages: no predecessor, and nothing cut.
 NONE_BEFORE, SOUND = np.array([-1]), np.array([False])
