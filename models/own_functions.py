@@ -96,7 +96,7 @@ def _called(function: Callable[..., Any], arrays: Sequence[Floats]) -> Floats:
         raise ExpressionError(
             f"it returned the shape {result.shape} for {len(lent[0])} rows; return one number for each"
         )
-    return np.array(result, np.float64)
+    return np.asarray(result, np.float64)
 
 
 def _try(function: Callable[..., Any], count: int) -> None:

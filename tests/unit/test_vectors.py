@@ -46,7 +46,7 @@ def test_transforms_of_fields_features_and_each_other() -> None:
         "{aggregate: mean, of: ITEMS, window: 1h}", "{aggregate: mean, of: AMOUNT, window: 1h}",
         "  NIGHT: hour(AT) <= 6\n",
         "  MEAN: CUSTOMER_SPENT / CUSTOMER_NB\n  NEAR: AMOUNT / MEAN\n  NIGHT: NEAR + MEAN\n"
-        "  PHONE: ITEMS == 'phone'\n  NORTH: SHOP in ('north', 'south')\n"
+        "  PHONE: ITEMS == 'phone'\n  NORTH: SHOP in ('north', 'south') or isnan(SHOP)\n"
         "  OWN: {function: 'tests.fixtures.own:risk', inputs: [NIGHT, ITEMS]}\n",
         "NIGHT, SHOP_RISK", "NIGHT, PHONE, NORTH, OWN, SHOP_RISK",
     )  # fmt: skip
@@ -61,7 +61,7 @@ def test_transforms_of_fields_features_and_each_other() -> None:
         [50.0, 1.0, 0.0, 15.0, 1.0, 1.0, 30.0, 0.5, 2.0, 20.0, 0.0],
         [1.0, 0.0, 0.0, 10.1, 0.0, 0.0, 20.2, 0.5, 2.0, 20.0, 0.0],
         [1.0, -1.0, 0.0, 10.1, 0.0, 1.0, 20.2, 0.5, 2.0, 20.0, 0.0],
-        [1.0, nan, 0.0, 10.1, 0.0, 0.0, 10.1, 0.5, 2.0, 20.0, 0.0],
+        [1.0, nan, 0.0, 10.1, 0.0, 1.0, 10.1, 0.5, 2.0, 20.0, 0.0],
     ]
     assert bits(Vectors(p).of(fields, features)) == bits(expected)
     assert Vectors(p).of(fields[:0], features[:0]).shape == (0, 11)
