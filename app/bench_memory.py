@@ -95,11 +95,11 @@ class _Run:
         self._ends = [0] * partitions
         self._events = 0
         self._batch: Batch
-        self._columns = len(pipeline.stream.numeric)
+        self._columns = len(pipeline.stream.columns)
         self.stage = Profiles(
             pipeline.entities[0], lambda values, keys, sent: (self._batch, np.arange(len(values)), []),
             lambda partition, at_most: Store(folder / str(partition), pipeline.definition), partitions,
-            pipeline.stream.numeric, mirrored=False,
+            pipeline.stream.columns, mirrored=False,
         )  # fmt: skip
         self.stage.warm()
         for partition in range(partitions):

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 
 from models.errors import HeadraceError
 from models.events import event_id, scaled
+from models.fields import Field
 from models.history import History, vectors_of
-from models.pipeline import Field, Pipeline
+from models.pipeline import Pipeline
 from models.windows import NEGATIVE, NULL, POSITIVE, UNKNOWN, Bytes, Floats, Ints
 
 
@@ -66,8 +67,8 @@ def read(path: Path, pipeline: Pipeline) -> EventFile:
     if bool((times[1:] < times[:-1]).any()):
         order = np.argsort(times, kind="stable")
         table, times = table.take(pa.array(order)), times[order]
-    fields = np.empty((len(table), len(stream.numeric)), np.int64)
-    for i, field in enumerate(stream.numeric):
+    fields = np.empty((len(table), len(stream.columns)), np.int64)
+    for i, field in enumerate(stream.columns):
         fields[:, i] = times if field.name == stream.time else _integers(table, field, path)
     keys = {e.name: _codes(table[e.key]) for e in pipeline.entities}
     state = known = None
@@ -169,13 +170,15 @@ def read_training(path: Path, pipeline: Pipeline, before: int | None = None) -> 
 
 
 def _integers(table: pa.Table, field: Field, path: Path) -> Ints:
-    """A column as it stands in the numeric block."""
+    """A column as it stands in the int64 block."""
     column = table[field.name]
-    if column.null_count and not field.optional and field.type != "string":
+    if column.null_count and not field.optional:
         raise FileWrong(f"{path}: {field.name} has {column.null_count} nulls, and the field is not optional.")
     try:
         if field.type == "timestamp":
             return _times(column, field)
+        if field.textual:
+            return _texts(column, field)
         if field.type == "int":
             whole = pc.cast(column, pa.int64())
             return np.asarray(pc.fill_null(whole, NULL).to_numpy(), np.int64)
@@ -210,6 +213,18 @@ def _plain(column: Any, field: Field) -> list[Any]:
         column = pc.cast(pc.cast(column, pa.timestamp(field.unit, column.type.tz), safe=False), pa.int64())
     values: list[Any] = column.to_pylist()
     return values
+
+
+def _texts(column: Any, field: Field) -> Ints:
+    """What stands for each text, found once for all that are equal."""
+    if pa.types.is_dictionary(column.type):
+        column = pc.cast(column, column.type.value_type)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise pa.ArrowInvalid(f"{column.type} is no text; write a column of texts")
+    encoded = pc.dictionary_encode(column.combine_chunks())
+    codes = np.array([*map(field.code, encoded.dictionary.to_pylist()), NULL], np.int64)
+    found: Ints = codes[pc.fill_null(encoded.indices, -1).to_numpy()]
+    return found
 
 
 def _ids(table: pa.Table, pipeline: Pipeline) -> Ints:

@@ -17,9 +17,10 @@ from app import history, kafka
 from app.producer import Producer
 from models.errors import HeadraceError
 from models.events import key_bytes
+from models.fields import Field
 from models.history import History
 from models.partitions import partitions_of
-from models.pipeline import Field, Pipeline
+from models.pipeline import Pipeline
 from models.windows import UNKNOWN, Ints
 
 TICK_S = 0.002  # between looks at what is due: the grain of an even rate

@@ -15,10 +15,11 @@ import numpy.typing as npt
 
 from app import kafka
 from models.events import Batch, EventDecoder, event_id, key_bytes
+from models.fields import Field
 from models.filters import Filters
 from models.history import History, arena_for, vectors_of
 from models.partitions import partitions_of
-from models.pipeline import Entity, Field, Pipeline
+from models.pipeline import Entity, Pipeline
 from models.predictions import Prediction, decode
 from models.records import NEVER, NEWS, RecordCodec, fresh, skew
 from models.vectors import Vectors
@@ -129,7 +130,7 @@ async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
     batch, kept, _ = EventDecoder(pipeline).decode([r.value or b"" for r in records], sent)
     home = at_home(batch, logs[kept], count)
     batch, kept = batch.where(home), kept[home]
-    features, outcomes, latest = _fold(first, batch, pipeline.stream.numeric)
+    features, outcomes, latest = _fold(first, batch, pipeline.stream.columns)
     on = np.flatnonzero(outcomes != DUPLICATE)
     order = on[np.argsort(batch.ids[on], kind="stable")]
     places = np.full((len(order), len(pipeline.entities), 2), -1, np.int64)
@@ -147,7 +148,7 @@ async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
         seen = np.full((int(logs.max(initial=0)) + 1, width), NEVER, np.int64)
         news = np.flatnonzero(fresh(logs[kept], batch.sources, batch.offsets, batch.previous, seen) == NEWS)
         batch, kept = batch.take(news), kept[news]
-        features, outcomes, latest = _fold(entity, batch, pipeline.stream.numeric)
+        features, outcomes, latest = _fold(entity, batch, pipeline.stream.columns)
         expected.latest.append(latest)
         on = np.flatnonzero((batch.kinds == EVENT) & (outcomes != DUPLICATE))
         rows, known = expected.rows(batch.ids[on])

@@ -285,7 +285,7 @@ class Worker:
             entity, decode, open_store,
             # `seen` has a row for each partition of the log, a pair of columns for each of its writers'.
             max(self._counts.values()) if number else partitions,
-            pipeline.stream.numeric,
+            pipeline.stream.columns,
             None if number else partial(partition_of, count=partitions),
             self._counts[pipeline.entities[number + 1].log] if number + 1 < len(pipeline.entities) else 0,
         )  # fmt: skip

@@ -1,14 +1,12 @@
 """Events as columns: JSON of a stream in, arrays out, bad input told apart with its reason.
 
-Numbers live in one int64 block, a column per numeric field of the stream in its order: integers,
-scaled decimals and timestamps (ms) as they are with NULL where absent, floats as their bits with
-NaN. So a block moves between stages, and between stream and batch, without a conversion.
+Numbers live in one int64 block, a column for each of the stream's `columns` in their order (see
+models.fields). So a block moves between stages, and between stream and batch, without a conversion.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
@@ -17,7 +15,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from models.pipeline import Field, Labels, Pipeline, Stream
+from models.fields import Field, event_id
+from models.pipeline import Labels, Pipeline, Stream
 from models.windows import EVENT, LABEL, NEGATIVE, NULL, POSITIVE, UNKNOWN, Bytes, Floats, Ints
 
 Key = int | str | bytes | None
@@ -118,17 +117,6 @@ class Reject:
 Decoded = tuple[Batch, Ints, list[Reject]]  # what is good, where it stood, and the rest
 
 
-def event_id(value: int | str) -> int:
-    """The 64-bit id of an event: an integer is its own, a string's is a hash.
-
-    >>> event_id(42), event_id("42") == event_id("42")
-    (42, True)
-    """
-    if isinstance(value, int):
-        return value
-    return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "little", signed=True)
-
-
 def key_bytes(key: int | str | bytes) -> bytes:
     """The record key of an entity: the text of its key field."""
     return key if isinstance(key, bytes) else str(key).encode()
@@ -153,15 +141,6 @@ def scaled(values: Floats, divisor: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
     return units, valid | absent
 
 
-def as_float(column: Ints, field: Field) -> Floats:
-    """A field's column of the block as float64, NaN where absent, in its own unit (not cents)."""
-    if field.type == "float":
-        return column.view(np.float64)
-    values = column / field.divisor
-    values[column == NULL] = np.nan
-    return values
-
-
 class EventDecoder:
     """Decodes a stream's JSON, keyed by the first entity's key, whose log the stream is."""
 
@@ -170,7 +149,7 @@ class EventDecoder:
         self.key = pipeline.entities[0].key
         summed = {name for e in pipeline.entities for name in e.values}
         fields = list(stream.fields.values())
-        self.columns = [(f, _column(f)) for f in stream.numeric]
+        self.columns = [(f, _column(f)) for f in stream.columns]
         self.decode_one = _decoder("Event", [(f, _json_type(f, f.name in summed)) for f in fields])
 
     def decode(self, values: Sequence[bytes], sent: Ints) -> Decoded:
@@ -332,7 +311,7 @@ def _json_type(field: Field, summed: bool) -> Any:
         return Annotated[int, msgspec.Meta(ge=-largest, le=largest)]
     if field.type == "timestamp":
         return dt.datetime if field.unit == "iso" else Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
-    return str if field.type == "string" else float
+    return str if field.textual else float
 
 
 def _column(field: Field) -> Callable[[list[Any]], tuple[Ints, Any]]:
@@ -351,6 +330,9 @@ def _column(field: Field) -> Callable[[list[Any]], tuple[Ints, Any]]:
         times, per = _PER_MS[field.unit]
         return np.where(column == NULL, NULL, column * times // per), np.True_
 
+    def codes(values: list[Any]) -> tuple[Ints, Any]:
+        return np.array([NULL if v is None else field.code(v) for v in values], np.int64), np.True_
+
     def floats(values: list[Any]) -> Floats:
         return np.array(
             [np.nan if v is None else v for v in values] if field.optional else values, np.float64
@@ -361,6 +343,8 @@ def _column(field: Field) -> Callable[[list[Any]], tuple[Ints, Any]]:
             return integers
         case "timestamp":
             return instants
+        case "category" | "string":
+            return codes
         case "decimal":
             return lambda values: scaled(floats(values), field.divisor)
         case _:
@@ -402,5 +386,5 @@ def texts(stream: Stream, names: Sequence[str]) -> Callable[[bytes], Any]:
 
 __all__ = [
     "LABEL", "Batch", "Decoded", "EventDecoder", "Key", "LabelBatch", "LabelDecoder", "Labels", "Reason", "Reject",
-    "as_float", "clocks", "event_id", "key_bytes", "scaled", "texts",
+    "clocks", "event_id", "key_bytes", "scaled", "texts",
 ]  # fmt: skip

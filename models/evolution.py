@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import msgspec
 
+from models.fields import Field
 from models.pipeline import (
     EntitySpec,
     FeatureSpec,
-    Field,
     FieldSpec,
     Pipeline,
     StreamSpec,

@@ -1,63 +1,39 @@
-"""Row transforms: a feature of the event alone, written as an expression over its fields.
+"""Expressions over named columns: the transforms of a pipeline, and conditions on its events.
 
->>> fields = {"AT": "timestamp", "AMOUNT": "decimal"}
->>> night = parse("hour(AT) <= 6", fields)
->>> night.evaluate({"AT": np.array([3_600_000, 43_200_000])}).tolist()
+>>> fields = {"AT": Field("AT", "timestamp"), "CHANNEL": Field("CHANNEL", "category", values=("web", "shop"))}
+>>> night = parse("hour(AT) <= 6 and CHANNEL == 'web'", fields)
+>>> night.evaluate({"AT": np.array([3.6e6, 43.2e6]), "CHANNEL": np.array([0, 0])}).tolist()
 [1.0, 0.0]
->>> parse("log1p(AMOUNT / 2) * (weekday(AT) >= 5)", fields).uses
-('AMOUNT', 'AT')
+>>> night.uses
+('AT', 'CHANNEL')
 
-Arithmetic, comparisons, `and`, `or`, `not`, `x if c else y` and the functions below; all are float64
-and vectorised. What is absent is NaN, and a comparison with it is false, as in NumPy.
+Arithmetic, comparisons, `in`, `and`, `or`, `not`, `x if c else y` and `models.functions`; all is
+float64 and vectorised. What is absent is NaN, and a comparison with it is false, as in NumPy. A
+text is only compared.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
+import difflib
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from models.fields import Field
+from models.functions import CONSTANTS, FUNCTIONS, power
+from models.windows import NULL
+
 Columns = Mapping[str, npt.NDArray[Any]]
 Evaluate = Callable[[Columns], Any]
 
-_MS_PER_DAY = 86_400_000
-
-
-def _hour(times: Any) -> Any:
-    """Hour of the day, UTC, 0 to 23."""
-    return np.floor_divide(times, 3_600_000) % 24
-
-
-def _weekday(times: Any) -> Any:
-    """Day of the week, UTC, Monday 0 to Sunday 6 (1970-01-01 was a Thursday)."""
-    return (np.floor_divide(times, _MS_PER_DAY) + 3) % 7
-
-
-def _minute(times: Any) -> Any:
-    """Minute of the hour, UTC, 0 to 59."""
-    return np.floor_divide(times, 60_000) % 60
-
-
-FUNCTIONS: dict[str, tuple[Callable[..., Any], int]] = {
-    "hour": (_hour, 1),
-    "weekday": (_weekday, 1),
-    "minute": (_minute, 1),
-    "abs": (np.abs, 1),
-    "floor": (np.floor, 1),
-    "log1p": (np.log1p, 1),
-    "sqrt": (np.sqrt, 1),
-    "minimum": (np.minimum, 2),
-    "maximum": (np.maximum, 2),
-    "isnan": (np.isnan, 1),
-}
-
 _BINARY: dict[type, Callable[..., Any]] = {
     ast.Add: np.add, ast.Sub: np.subtract, ast.Mult: np.multiply, ast.Div: np.true_divide,
-    ast.Mod: np.mod, ast.FloorDiv: np.floor_divide, ast.Pow: np.power,
+    ast.Mod: np.mod, ast.FloorDiv: np.floor_divide, ast.Pow: power,
 }  # fmt: skip
 _COMPARE: dict[type, Callable[..., Any]] = {
     ast.Lt: np.less, ast.LtE: np.less_equal, ast.Gt: np.greater, ast.GtE: np.greater_equal,
@@ -72,65 +48,173 @@ class ExpressionError(ValueError):
 
 @dataclass(frozen=True)
 class Expression:
-    text: str  # in one normal form, so that spacing does not change a definition
+    """`text`: what decides its value, in one normal form, so that spacing does not change a definition."""
+
+    text: str
     uses: tuple[str, ...]
     _evaluate: Evaluate
 
     def evaluate(self, columns: Columns) -> npt.NDArray[np.float64]:
-        """The value (n,) for each event. columns: arrays (n,) by field name, NaN where absent; times in ms."""
+        """The value (n,) for each event: of the event alone, to the bit.
+
+        columns: arrays (n,) by name: float64 with NaN where absent, times in ms; of a category or
+        string the int64 column of the block.
+        """
         with np.errstate(all="ignore"):
-            values: npt.NDArray[np.float64] = self._evaluate(columns)
-        return values
+            values = self._evaluate(columns)
+        return one_nan(values)
 
 
-def parse(text: str, fields: Mapping[str, str]) -> Expression:
-    """Compile an expression over fields (name to type). Raises ExpressionError."""
+def one_nan(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """With one NaN for all: the sign of a sum of NaNs depends on where in an array they stand."""
+    return np.where(np.isnan(values), np.nan, values)
+
+
+def parse(text: str, fields: Mapping[str, Field]) -> Expression:
+    """Compile an expression over these fields by name. Raises ExpressionError."""
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except SyntaxError as error:
         raise ExpressionError(f"it does not parse ({error.msg}); write it like 'hour(AT) <= 6'") from None
-    uses: set[str] = set()
-    evaluate = _build(tree.body, fields, uses)
-    if not uses:
-        raise ExpressionError("it uses no field of the stream, so it would be a constant; name a field")
-    return Expression(ast.unparse(tree), tuple(sorted(uses)), evaluate)
+    parser = _Parser(fields)
+    evaluate = parser.build(tree.body)
+    if not parser.uses:
+        raise ExpressionError("it uses no field, so it would be a constant; name a field")
+    return Expression(ast.unparse(tree), tuple(sorted(parser.uses)), evaluate)
 
 
-def _build(node: ast.expr, fields: Mapping[str, str], uses: set[str]) -> Evaluate:  # noqa: PLR0911 - one per form
-    def build(part: ast.expr) -> Evaluate:
-        return _build(part, fields, uses)
+def names(text: str) -> set[str]:
+    """What an expression names, whether that exists or not; nothing of one that does not parse."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except SyntaxError:
+        return set()
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
-    match node:
-        case ast.Constant(value=bool() | int() | float() as value):
-            number = _number(value)
-            return lambda columns: number
-        case ast.Name(id=name):
-            return _field(name, fields, uses)
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            return _apply(_BINARY[type(op)], build(left), build(right))
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return _apply(np.negative, build(operand))
-        case ast.UnaryOp(op=ast.Not(), operand=operand):
-            return _apply(np.logical_not, build(operand))
-        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
-            return _apply(_COMPARE[type(op)], build(left), build(right))
-        case ast.BoolOp(op=op, values=[first, *rest]):
-            result = build(first)
-            for part in rest:
-                result = _apply(_LOGIC[type(op)], result, build(part))
-            return result
-        case ast.IfExp(test=test, body=body, orelse=orelse):
-            return _apply(np.where, build(test), build(body), build(orelse))
-        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
-            if name not in FUNCTIONS:
-                raise ExpressionError(f"there is no function {name!r}; there are {', '.join(FUNCTIONS)}")
-            function, count = FUNCTIONS[name]
-            if len(arguments) != count:
-                raise ExpressionError(f"{name} takes {count} argument(s), not {len(arguments)}")
-            return _apply(function, *map(build, arguments))
-    raise ExpressionError(
+
+def find(name: str, fields: Mapping[str, Field]) -> Field:
+    """The field of this name. Raises ExpressionError."""
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}"
+        raise ExpressionError(f"there is no {name!r}; {hint}")
+    return fields[name]
+
+
+class _Parser:
+    """Compiles one expression; `uses` gathers the names in it."""
+
+    def __init__(self, fields: Mapping[str, Field]) -> None:
+        self.fields = fields
+        self.uses: set[str] = set()
+
+    def build(self, node: ast.expr) -> Evaluate:  # noqa: PLR0911 - one per form
+        match node:
+            case ast.Constant(value=bool() | int() | float() as value):
+                return _constant(_number(value))
+            case ast.Constant(value=str() as text):
+                raise ExpressionError(
+                    f"the text {text!r} can only be compared with a category or a string: F == {text!r}"
+                )
+            case ast.Name(id=name):
+                return self.number(name)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+                return _apply(_BINARY[type(op)], self.build(left), self.build(right))
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return _apply(np.negative, self.build(operand))
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return _apply(np.logical_not, self.build(operand))
+            case ast.Compare(left=left, ops=[op], comparators=[right]):
+                return self.compare(node, left, op, right)
+            case ast.BoolOp(op=op, values=[first, *rest]):
+                result = self.build(first)
+                for part in rest:
+                    result = _apply(_LOGIC[type(op)], result, self.build(part))
+                return result
+            case ast.IfExp(test=test, body=body, orelse=orelse):
+                return _apply(np.where, self.build(test), self.build(body), self.build(orelse))
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
+                return self.call(name, arguments)
+        raise _not_allowed(node)
+
+    def number(self, name: str) -> Evaluate:
+        if name in CONSTANTS and name not in self.fields:
+            return _constant(CONSTANTS[name])
+        field = find(name, self.fields)
+        if field.textual:
+            raise ExpressionError(
+                f"{name} is a {field.type}, no number; compare it with a text: {name} == '...'"
+            )
+        self.uses.add(name)
+        return lambda columns: np.asarray(columns[name], np.float64)
+
+    def call(self, name: str, arguments: list[ast.expr]) -> Evaluate:
+        if name not in FUNCTIONS:
+            raise ExpressionError(f"there is no function {name!r}; there are {', '.join(FUNCTIONS)}")
+        fewest, most = FUNCTIONS[name].arguments
+        if not fewest <= len(arguments) <= most:
+            form = FUNCTIONS[name].form
+            raise ExpressionError(f"{name} does not take {len(arguments)} argument(s); write {form}")
+        if name == "isnan" and (field := self.textual(arguments[0])):
+            return self.among(field, [NULL])
+        return _apply(FUNCTIONS[name].call, *map(self.build, arguments))
+
+    def compare(self, node: ast.expr, left: ast.expr, op: ast.cmpop, right: ast.expr) -> Evaluate:
+        field = self.textual(left)
+        if isinstance(op, ast.In | ast.NotIn):
+            if not isinstance(right, ast.Tuple | ast.List) or not right.elts:
+                raise ExpressionError(
+                    f"{ast.unparse(node)!r} is not allowed; write what it may be: in (a, b)"
+                )
+            if field:
+                found = self.among(field, self.codes(field, right.elts))
+            else:
+                found = _apply(_any_of, self.build(left), *map(self.build, right.elts))
+            return found if isinstance(op, ast.In) else _apply(np.logical_not, found)
+        if field and isinstance(op, ast.Eq | ast.NotEq):
+            found = self.among(field, self.codes(field, [right]))
+            return found if isinstance(op, ast.Eq) else _apply(np.logical_not, found)
+        if type(op) in _COMPARE:
+            return _apply(_COMPARE[type(op)], self.build(left), self.build(right))
+        raise _not_allowed(node)
+
+    def textual(self, node: ast.expr) -> Field | None:
+        """The category or string that stands here, if one does."""
+        field = self.fields.get(node.id) if isinstance(node, ast.Name) else None
+        return field if field and field.textual else None
+
+    def codes(self, field: Field, parts: Sequence[ast.expr]) -> list[int]:
+        found = []
+        for part in parts:
+            if not isinstance(part, ast.Constant) or not isinstance(part.value, str):
+                raise ExpressionError(
+                    f"{field.name} is a {field.type} and compared with {ast.unparse(part)}; write a text in quotes"
+                )
+            if field.type == "category" and part.value not in field.values:
+                raise ExpressionError(
+                    f"{field.name} has no value {part.value!r}; its values are {', '.join(field.values)}"
+                )
+            found.append(field.code(part.value))
+        return found
+
+    def among(self, field: Field, codes: list[int]) -> Evaluate:
+        """Whether the column holds one of these."""
+        self.uses.add(field.name)
+        return _apply(_any_of, lambda columns: columns[field.name], *(_constant(code) for code in codes))
+
+
+def _any_of(x: Any, *others: Any) -> Any:
+    return functools.reduce(np.logical_or, (np.equal(x, other) for other in others))
+
+
+def _constant(value: float) -> Evaluate:
+    return lambda columns: value
+
+
+def _not_allowed(node: ast.expr) -> ExpressionError:
+    return ExpressionError(
         f"{ast.unparse(node)!r} is not allowed; use fields, numbers, + - * / % ** //, one comparison at a "
-        f"time, and, or, not, 'x if c else y', and {', '.join(FUNCTIONS)}"
+        f"time, in (a, b), and, or, not, 'x if c else y', and {', '.join(FUNCTIONS)}"
     )
 
 
@@ -139,15 +223,6 @@ def _number(value: float) -> float:
         return float(value)
     except OverflowError:
         raise ExpressionError("a number is too large for a float64; write a smaller one") from None
-
-
-def _field(name: str, fields: Mapping[str, str], uses: set[str]) -> Evaluate:
-    if name not in fields:
-        raise ExpressionError(f"the stream has no field {name!r}; it has {', '.join(fields)}")
-    if fields[name] == "string":
-        raise ExpressionError(f"{name} is a string; a transform needs numbers or timestamps")
-    uses.add(name)
-    return lambda columns: np.asarray(columns[name], np.float64)
 
 
 def _apply(function: Callable[..., Any], *parts: Evaluate) -> Evaluate:

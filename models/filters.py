@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from models.events import as_float
-from models.pipeline import Entity, Field
+from models.fields import Field, operand
+from models.pipeline import Entity
 from models.windows import Ints
 
 
@@ -22,7 +22,7 @@ class Filters:
     def of(self, fields: Ints) -> Ints:
         """(n,) int64, bit f where filter f holds. fields: (n, f) int64 block. What is absent holds nothing."""
         flags = np.zeros(len(fields), np.int64)
-        inputs = {field.name: as_float(np.ascontiguousarray(fields[:, i]), field) for i, field in self._used}
+        inputs = {field.name: operand(fields[:, i], field) for i, field in self._used}
         for bit, found in enumerate(self._filters):
             value = found.evaluate(inputs)
             flags |= (np.nan_to_num(value) != 0).astype(np.int64) << bit

@@ -37,11 +37,11 @@ def fold_history(pipeline: Pipeline, history: History) -> Floats:
     """
     features = []
     stream = pipeline.stream
-    numeric = [f.name for f in stream.numeric]
+    numeric = [f.name for f in stream.columns]
     for entity in pipeline.entities:
         columns = np.array([numeric.index(v) for v in entity.values], np.int64)
         values = np.ascontiguousarray(history.fields[:, columns])
-        flags = Filters(entity, stream.numeric).of(history.fields)
+        flags = Filters(entity, stream.columns).of(history.fields)
         slots, labels = history.keys[entity.name], history.labels
         kinds = np.full(len(slots), EVENT, np.int8)
         if entity.labelled and labels is not None:

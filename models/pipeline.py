@@ -10,8 +10,8 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,8 +19,9 @@ from typing import Any, Literal, TypeVar
 import msgspec
 import yaml
 
-from models import aggregates, expressions, windows
+from models import aggregates, expressions, own_functions, windows
 from models.errors import HeadraceError
+from models.fields import Field
 
 # Raised when the meaning of an aggregate or the layout of a profile changes: every definition hash
 # changes with it, so no store, vector or model of another meaning is ever read.
@@ -33,6 +34,7 @@ _UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 LONGEST_MS = 4000 * _UNITS_MS["d"]
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,200}")
+_MOST_VALUES = 1000  # of a category: more of them are a key or an id
 _T = TypeVar("_T")
 
 
@@ -46,10 +48,11 @@ class PipelineError(HeadraceError):
 
 
 class FieldSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A field of a stream. `scale`: decimals after the point. `unit`: of a timestamp."""
+    """A field of a stream. `scale`: of a decimal. `unit`: of a timestamp. `values`: of a category."""
 
-    type: Literal["int", "float", "decimal", "string", "timestamp"]
+    type: Literal["int", "float", "decimal", "string", "timestamp", "category"]
     scale: int = 0
+    values: list[str] = []
     unit: Literal["s", "ms", "us", "iso"] = "ms"
     optional: bool = False
 
@@ -111,6 +114,13 @@ class EntitySpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     hop: str | None = None
 
 
+class FunctionSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A transform by a Python function, `package.module:name`, of these inputs (models.own_functions)."""
+
+    function: str
+    inputs: list[str]
+
+
 class ModelSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Gradient-boosted trees, and the decisions by score.
 
@@ -136,28 +146,12 @@ class PipelineSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     vector: list[str]
     model: ModelSpec
     labels: LabelsSpec | None = None
-    transforms: dict[str, str] = {}
+    transforms: dict[str, Any] = {}
     lateness: str = "1h"
     predictions_carry_features: bool = True
 
 
 # --- what it is compiled to --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Field:
-    """A typed field. `divisor`: how many units of the int64 column make one (100 for cents)."""
-
-    name: str
-    type: str
-    divisor: int = 1
-    unit: str = "ms"
-    optional: bool = False
-
-    @property
-    def integral(self) -> bool:
-        """Whether its column is int64 (NULL where absent); a float's is float64 (NaN), a string's a list."""
-        return self.type in ("int", "decimal", "timestamp")
 
 
 @dataclass(frozen=True)
@@ -168,8 +162,9 @@ class Stream:
     fields: dict[str, Field]
 
     @property
-    def numeric(self) -> list[Field]:
-        return [f for f in self.fields.values() if f.type != "string"]
+    def columns(self) -> list[Field]:
+        """The fields that have a column of the int64 block, in its order."""
+        return [f for f in self.fields.values() if f.in_block]
 
 
 @dataclass(frozen=True)
@@ -201,7 +196,10 @@ class Entity:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """instance: the name of its topics, stores and mirror, which is the pipeline's unless run as another."""
+    """instance: the name of its topics, stores and mirror, which is the pipeline's unless run as another.
+
+    transforms: those that the vector needs, each behind what it names.
+    """
 
     name: str
     instance: str
@@ -285,18 +283,21 @@ def parse(text: str, file: str = "<pipeline>", alias: str | None = None) -> Pipe
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of a pipeline file, for editors."""
-    specs: list[Any] = [PipelineSpec, StreamSpec, EntitySpec, FeatureSpec, FieldSpec]
+    specs: list[Any] = [PipelineSpec, StreamSpec, EntitySpec, FeatureSpec, FieldSpec, FunctionSpec]
     (root, *_), parts = msgspec.json.schema_components(specs, ref_template="#/$defs/{name}")
     for owner, field, part in (
         ("PipelineSpec", "streams", "StreamSpec"),
         ("PipelineSpec", "entities", "EntitySpec"),
         ("EntitySpec", "features", "FeatureSpec"),
         ("StreamSpec", "fields", "FieldSpec"),
+        ("PipelineSpec", "transforms", "FunctionSpec"),
     ):
         # These are checked one by one when a file is read, so that an error can name its line.
         entry: dict[str, Any] = {"$ref": f"#/$defs/{part}"}
         if part == "FieldSpec":
             entry = {"anyOf": [entry, parts["FieldSpec"]["properties"]["type"]]}
+        if part == "FunctionSpec":
+            entry = {"anyOf": [entry, {"type": "string"}]}
         parts[owner]["properties"][field]["additionalProperties"] = entry
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root, "$defs": parts}
 
@@ -306,6 +307,7 @@ class _Compiler:
 
     def __init__(self, text: str, file: str) -> None:
         self.file = file
+        self.hashed: set[str] = set()  # the strings that something compares, so they need a column
         try:
             self.root = yaml.compose(text, Loader=yaml.SafeLoader)
             self.data = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader underneath
@@ -366,9 +368,14 @@ class _Compiler:
         stream = self.stream(spec)
         labels = self.labels(spec, stream)
         lateness = self.duration(spec.lateness, "lateness")
-        transforms = self.transforms(spec, stream)
         entities = self.entities(spec, stream, lateness)
+        transforms = self.transforms(spec, stream, entities)
         self.vector(spec, stream, transforms, entities)
+        transforms = _needed(transforms, spec.vector)
+        self.compares(stream, (name for t in transforms.values() for name in t.uses))
+        stream = replace(
+            stream, fields={n: replace(f, hashed=n in self.hashed) for n, f in stream.fields.items()}
+        )
         self.model(spec)
         pipeline = Pipeline(
             name=spec.name,
@@ -429,7 +436,27 @@ class _Compiler:
             raise self.fail((*at, "scale"), f"a {given.type} has no scale; use type: decimal, or drop it.")
         if not 0 <= given.scale <= 9:
             raise self.fail((*at, "scale"), f"{given.scale} is not between 0 and 9 decimals.")
-        return Field(name, given.type, 10**given.scale, given.unit, given.optional)
+        self.values(given, (*at, "values"))
+        return Field(name, given.type, 10**given.scale, given.unit, given.optional, tuple(given.values))
+
+    def values(self, given: FieldSpec, at: tuple[Any, ...]) -> None:
+        if given.type != "category":
+            if given.values:
+                raise self.fail(at, f"a {given.type} has no list of values; use type: category, or drop it.")
+            return
+        if not given.values:
+            raise self.fail(at, "a category needs its values; write values: [web, shop].")
+        if len(given.values) > _MOST_VALUES:
+            raise self.fail(
+                at, f"{len(given.values)} are more than {_MOST_VALUES} values; declare it as a string."
+            )
+        for i, value in enumerate(given.values):
+            if value in given.values[:i]:
+                raise self.fail((*at, i), f"{value!r} stands twice; each value has one code.")
+
+    def compares(self, stream: Stream, names: Iterable[str]) -> None:
+        """Give the strings among these names a column of the block."""
+        self.hashed |= {n for n in names if n in stream.fields and stream.fields[n].type == "string"}
 
     def labels(self, spec: PipelineSpec, stream: Stream) -> Labels | None:
         if spec.labels is None:
@@ -470,16 +497,50 @@ class _Compiler:
                     (at,), f"the topic {topic} has another use; write topic: with a name of its own."
                 )
 
-    def transforms(self, spec: PipelineSpec, stream: Stream) -> dict[str, expressions.Expression]:
-        types = {name: field.type for name, field in stream.fields.items()}
-        compiled = {}
-        for name, text in spec.transforms.items():
+    def transforms(
+        self, spec: PipelineSpec, stream: Stream, entities: tuple[Entity, ...]
+    ) -> dict[str, expressions.Expression]:
+        """All transforms in the order of the file: what one names stands before it."""
+        given = {name: self.transform(name, data) for name, data in spec.transforms.items()}
+        known = {**stream.fields, **{name: Field(name, "float") for e in entities for name in e.features}}
+        compiled: dict[str, expressions.Expression] = {}
+        for name, one in given.items():
             self.new_name(name, stream, ("transforms", name))
+            self.in_order(name, given, compiled)
             try:
-                compiled[name] = expressions.parse(text, types)
+                if isinstance(one, str):
+                    compiled[name] = expressions.parse(one, known)
+                else:
+                    inputs = [expressions.find(n, known) for n in one.inputs]
+                    compiled[name] = own_functions.load(one.function, inputs)
             except expressions.ExpressionError as error:
-                raise self.fail(("transforms", name), f"{error}.") from None
+                raise self.fail(("transforms", name), _sentence(error)) from None
+            known[name] = Field(name, "float")
         return compiled
+
+    def transform(self, name: str, data: Any) -> str | FunctionSpec:
+        if isinstance(data, str):
+            return data
+        if isinstance(data, dict):
+            return self.convert(data, FunctionSpec, "transforms", name)
+        raise self.fail(
+            ("transforms", name),
+            f"{data!r} is no transform; write an expression, or {{function: package.module:name, inputs: [FIELD]}}.",
+        )
+
+    def in_order(self, name: str, given: dict[str, str | FunctionSpec], before: Container[str]) -> None:
+        """Refuse a transform that names itself or a later one."""
+        for other in _named(given[name]):
+            if other in given and other not in before:
+                way = _way(other, name, given)
+                if way:
+                    raise self.fail(
+                        ("transforms", name),
+                        f"it needs itself ({' -> '.join([name, *way])}); write one of them without the other.",
+                    )
+                raise self.fail(
+                    ("transforms", name), f"{other} is written further down; move it above {name}."
+                )
 
     def entities(self, spec: PipelineSpec, stream: Stream, lateness: int) -> tuple[Entity, ...]:
         if not spec.entities:
@@ -696,12 +757,13 @@ class _Features:
             raise self._fail(at, f"{feature.aggregate} needs a field; write of: FIELD.")
         self._compiler.known_field(feature.of, self._stream.fields, (*at, "of"))
         field = self._stream.fields[feature.of]
-        if field.type not in ("int", "decimal"):
+        if field.type not in ("int", "decimal") and not (kind == windows.DISTINCT and field.textual):
             raise self._fail(
                 (*at, "of"),
                 f"{feature.of} is a {field.type}; aggregates are exact on integers only: declare it as int, or as "
                 "{type: decimal, scale: 2}.",
             )
+        self._compiler.compares(self._stream, [feature.of])
         if feature.of not in self.values:
             self.values.append(feature.of)
         return self.values.index(feature.of), field.divisor
@@ -749,15 +811,48 @@ class _Features:
 
     def _filter(self, text: str, at: tuple[Any, ...]) -> int:
         """The number of the filter: those that say the same are one."""
-        types = {name: field.type for name, field in self._stream.fields.items()}
         try:
-            found = expressions.parse(text, types)
+            found = expressions.parse(text, self._stream.fields)
         except expressions.ExpressionError as error:
-            raise self._fail((*at, "where"), f"{error}.") from None
+            raise self._fail((*at, "where"), _sentence(error)) from None
+        self._compiler.compares(self._stream, found.uses)
         self.filters.setdefault(found.text, found)
         if len(self.filters) > MOST_FILTERS:
             raise self._fail((*at, "where"), f"an entity has {MOST_FILTERS} filters at most; share some.")
         return list(self.filters).index(found.text)
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    return text if text.endswith("?") else f"{text}."
+
+
+def _named(transform: str | FunctionSpec) -> list[str]:
+    """What a transform names, whether it exists or not."""
+    return sorted(expressions.names(transform)) if isinstance(transform, str) else transform.inputs
+
+
+def _way(start: str, end: str, given: dict[str, str | FunctionSpec]) -> list[str]:
+    """By which transforms one needs another: from start to end, or empty."""
+    ways, seen = [[start]], {start}
+    for way in ways:
+        if way[-1] == end:
+            return way
+        further = [n for n in _named(given[way[-1]]) if n in given and n not in seen]
+        seen.update(further)
+        ways += [[*way, n] for n in further]
+    return []
+
+
+def _needed(
+    transforms: dict[str, expressions.Expression], vector: list[str]
+) -> dict[str, expressions.Expression]:
+    """Those that the vector names, and what they need, in their order."""
+    wanted = set(vector)
+    for name in reversed(transforms):
+        if name in wanted:
+            wanted.update(transforms[name].uses)
+    return {name: t for name, t in transforms.items() if name in wanted}
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -800,9 +895,9 @@ def _definition(
         "meaning": MEANING,
         "id": stream.id,
         "time": stream.time,
-        "block": [f.name for f in stream.numeric],  # the order in which records between stages hold them
+        "block": [f.name for f in stream.columns],  # the order in which records between stages hold them
         "fields": [
-            (f.name, f.type, f.divisor, f.unit, f.optional)
+            (f.name, f.type, f.divisor, f.unit, f.optional, *([f.values] if f.values else []))
             for n, f in sorted(stream.fields.items())
             if n in used
         ],

@@ -36,7 +36,7 @@ class RecordCodec:
 
     def __init__(self, pipeline: Pipeline, stage: int) -> None:
         self.carried = sum(len(e.features) for e in pipeline.entities[:stage])
-        self.fields = len(pipeline.stream.numeric)
+        self.fields = len(pipeline.stream.columns)
         self.dtype = np.dtype(
             [
                 ("magic", "<u4"), ("layout", "<u4"), ("kind", "i1"), ("label", "i1"), ("source", "i1"),
@@ -143,7 +143,7 @@ def next_keys(pipeline: Pipeline, stage: int) -> Callable[[Batch], list[bytes | 
         return lambda batch: [
             None if (k := getattr(decode(p), key)) is None else k.encode() for p in batch.payloads
         ]
-    column = pipeline.stream.numeric.index(field)
+    column = pipeline.stream.columns.index(field)
     null = np.iinfo(np.int64).min
     return lambda batch: [None if k == null else key_bytes(k) for k in batch.fields[:, column].tolist()]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from models.events import as_float
+from models.fields import as_float, operand
 from models.pipeline import Pipeline
 from models.windows import Floats, Ints
 
@@ -14,28 +16,30 @@ class Vectors:
 
     def __init__(self, pipeline: Pipeline) -> None:
         stream = pipeline.stream
-        columns = {f.name: i for i, f in enumerate(stream.numeric)}
-        carried = [name for e in pipeline.entities for name in e.features]
+        columns = {f.name: i for i, f in enumerate(stream.columns)}
+        carried = {name: i for i, name in enumerate(n for e in pipeline.entities for n in e.features)}
         places = list(enumerate(pipeline.sources))
         self.width = len(places)
         self._fields = [(i, columns[n], stream.fields[n]) for i, (kind, n) in places if kind == "field"]
-        self._transforms = [(i, pipeline.transforms[n]) for i, (kind, n) in places if kind == "transform"]
-        owned = [(i, carried.index(n)) for i, (kind, n) in places if kind not in ("field", "transform")]
+        self._made = [(i, n) for i, (kind, n) in places if kind == "transform"]
+        owned = [(i, carried[n]) for i, (kind, n) in places if kind not in ("field", "transform")]
         self._to = np.array([i for i, _ in owned], np.int64)
         self._from = np.array([j for _, j in owned], np.int64)
-        used = {name for _, t in self._transforms for name in t.uses}
-        self._used = [(stream.fields[n], columns[n]) for n in sorted(used)]
+        self._transforms = pipeline.transforms
+        used = sorted({name for t in self._transforms.values() for name in t.uses})
+        self._used_fields = [(stream.fields[n], columns[n]) for n in used if n in columns]
+        self._used_features = [(n, carried[n]) for n in used if n in carried]
 
     def of(self, fields: Ints, features: Floats) -> Floats:
         """Vectors (n, width) float64. fields: (n, f) int64 block; features: (n, k) of all entities."""
         vectors = np.empty((len(fields), self.width))
         for at, column, field in self._fields:
             vectors[:, at] = as_float(np.ascontiguousarray(fields[:, column]), field)
-        inputs = {
-            field.name: as_float(np.ascontiguousarray(fields[:, column]), field)
-            for field, column in self._used
-        }
-        for at, transform in self._transforms:
-            vectors[:, at] = transform.evaluate(inputs)
         vectors[:, self._to] = features[:, self._from]
+        values: dict[str, Any] = {f.name: operand(fields[:, at], f) for f, at in self._used_fields}
+        values |= {name: np.ascontiguousarray(features[:, at]) for name, at in self._used_features}
+        for name, transform in self._transforms.items():
+            values[name] = transform.evaluate(values)
+        for at, name in self._made:
+            vectors[:, at] = values[name]
         return vectors

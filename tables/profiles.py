@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from models.events import Batch, Decoded, Reason, key_bytes
+from models.fields import Field
 from models.filters import Filters
 from models.partitions import partitions_of
-from models.pipeline import Entity, Field
+from models.pipeline import Entity
 from models.records import FROM_STAGE, GAP, NEVER, NEWS, SEEN, chain, fresh, in_step, loosened, skew
 from models.windows import LABEL_EARLY, NULL, OUTCOMES, Arena, Bytes, Floats, Ints, lengthen, step
 from tables.store import Progress, Snapshot, Store, StoreError

@@ -115,7 +115,7 @@ class Bench:
         """A new owner of the store."""
         self.profiles = Profiles(
             self.entity, self._decode, lambda p, at_most: Store(self._path, self.pipeline.definition), 1,
-            self.pipeline.stream.numeric,
+            self.pipeline.stream.columns,
         )  # fmt: skip
         self.profiles.start_at(0, self.profiles.open(0) or 0)
         self.agent = MirrorAgent([self.profiles], self.mirror)

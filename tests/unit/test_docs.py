@@ -21,7 +21,7 @@ from app.settings import Settings, variable
 from models.aggregates import KINDS
 from models.dead_letters import DeadLetter, Replayed
 from models.events import Code
-from models.expressions import FUNCTIONS
+from models.functions import FUNCTIONS
 from models.pipeline import find, parse, schema
 from models.predictions import Origin, Prediction
 from models.records import RecordCodec
@@ -163,8 +163,9 @@ def test_every_aggregate_function_outcome_and_key() -> None:
     text = page("pipelines.md")
     for name in KINDS:
         assert re.search(rf"^\| `{name}` \|", text, re.MULTILINE), name
-    for name, (_, count) in FUNCTIONS.items():
-        assert f"`{name}({', '.join('xy'[:count])})`" in text or f"`{name}(t)`" in text, name
+    rows = [f"| `{f.form}` | {f.value} | `{f.example[0]}` is {f.example[1]:g} |" for f in FUNCTIONS.values()]
+    table = "\n".join(["| function | value | example |", "|---|---|---|", *rows])
+    assert f"\n\n{table}\n\n" in text, f"the table of functions is\n{table}"
     for outcome in OUTCOMES:
         assert f"`{outcome}`" in page("guarantees.md"), outcome
     for key in schema()["$defs"]["PipelineSpec"]["properties"]:
@@ -194,7 +195,7 @@ def test_every_field_of_a_record() -> None:
 def test_every_key_and_type_of_a_pipeline_file() -> None:
     text = page("pipelines.md")
     parts = schema()["$defs"]
-    for part in ("StreamSpec", "LabelsSpec", "EntitySpec", "FeatureSpec", "FieldSpec"):
+    for part in ("StreamSpec", "LabelsSpec", "EntitySpec", "FeatureSpec", "FieldSpec", "FunctionSpec"):
         for key in parts[part]["properties"]:
             assert re.search(rf"`{key}`|^ *{key}:|[{{ ]{key}: ", text, re.MULTILINE), (part, key)
     for name in parts["FieldSpec"]["properties"]["type"]["enum"]:
@@ -207,6 +208,19 @@ def test_the_pipeline_file_of_the_first_page_compiles() -> None:
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     (text,) = re.findall(r"^```yaml\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
     assert parse(text).name == "card-fraud"
+
+
+def test_the_transforms_that_are_shown_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = page("pipelines.md").partition("## Transforms")[2]
+    shown = dict(re.findall(r"^```(yaml|python)\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
+    (tmp_path / "mypackage").mkdir()
+    (tmp_path / "mypackage" / "module.py").write_text(shown["python"])
+    monkeypatch.syspath_prepend(tmp_path)
+    names = re.findall(r"^  (\w+):", shown["yaml"], re.MULTILINE)
+    text = (PIPELINES / "flight-delays.yaml").read_text(encoding="utf-8")
+    text = text.replace("transforms:\n  HOUR: hour(EVENT_TS)\n", shown["yaml"])
+    text = text.replace("  - HOUR\n", "".join(f"  - {name}\n" for name in names))
+    assert list(parse(text).transforms) == names
 
 
 def blocks(text: str) -> list[str]:

@@ -20,13 +20,13 @@ from models.events import (
     Batch,
     EventDecoder,
     LabelDecoder,
-    as_float,
     event_id,
     key_bytes,
     scaled,
     texts,
 )  # fmt: skip
-from models.pipeline import Field, Pipeline
+from models.fields import Field, as_float
+from models.pipeline import Pipeline
 from models.windows import EVENT, NEGATIVE, NULL, POSITIVE, UNKNOWN
 from tests.fixtures.pipelines import shop
 
@@ -83,7 +83,7 @@ def kinds(**fields: Any) -> dict[str, int]:
     given = {"ID": "a", "AT": "2020-09-13T12:26:40Z", **fields}
     batch, _, rejects = decode(json.dumps(given).encode(), of=KINDS)
     assert rejects == {}
-    return dict(zip([f.name for f in KINDS.stream.numeric], batch.fields[0].tolist(), strict=True))
+    return dict(zip([f.name for f in KINDS.stream.columns], batch.fields[0].tolist(), strict=True))
 
 
 def why(value: bytes, **how: Any) -> str:
@@ -111,6 +111,30 @@ def test_an_event_becomes_columns() -> None:
     weights = batch.fields[:, 5].copy().view(np.float64).tolist()
     assert weights[0] == 1.25 and math.isnan(weights[1])
     assert (batch.sources, batch.offsets) == (None, None)
+
+
+def test_texts_with_a_column_are_codes_and_hashes() -> None:
+    p = shop(
+        "ITEMS: {type: int, optional: true}", "ITEMS: {type: category, values: [web, phone], optional: true}",
+        "{aggregate: mean, of: ITEMS, window: 1h}", "{aggregate: mean, of: AMOUNT, window: 1h}",
+        "hour(AT) <= 6", "SHOP == 'north'",
+    )  # fmt: skip
+    decoder = EventDecoder(p)
+    given = [("web", "north"), ("phone", ""), ("by post", "é"), (None, None)]
+    values = [record(ITEMS=kind, SHOP=name) for kind, name in given] + [
+        json.dumps({k: v for k, v in ORDER.items() if k not in ("ITEMS", "SHOP")}).encode()
+    ]
+    batch, kept, rejects = decoder.decode(
+        [*values, record(ITEMS=1), record(ITEMS="web", SHOP=1)], np.full(7, NOW)
+    )
+    assert kept.tolist() == [0, 1, 2, 3, 4]
+    assert [r.reason.error for r in rejects] == [
+        "Expected `str | null`, got `int` - at `$.ITEMS`", "Expected `str | null`, got `int` - at `$.SHOP`",
+    ]  # fmt: skip
+    columns = dict(zip([f.name for f in p.stream.columns], batch.fields.T.tolist(), strict=True))
+    assert columns["ITEMS"] == [0, 1, -1, NULL, NULL]
+    assert columns["SHOP"] == [event_id("north"), event_id(""), event_id("é"), NULL, NULL]
+    assert columns["AMOUNT"] == [5716] * 5
 
 
 def test_nothing_decodes_to_nothing() -> None:

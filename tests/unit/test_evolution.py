@@ -56,9 +56,9 @@ CASES: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "another `key` of an entity with features over labels": [((), ("key: SHOP", "key: ITEMS"))],
     "another `key` of the first entity": [((), ("key: CUSTOMER", "key: ITEMS"))],
     "another `lateness`": [((), ("lateness: 1h", "lateness: 2h"))],
-    "a transform is added, removed or changed": [
-        ((), ("  NIGHT:", "  DARK: hour(AT) <= 6\n  NIGHT:")),
-        ((" NIGHT,", ""), ("transforms:\n  NIGHT: hour(AT) <= 6\n", "")),
+    "a transform that the vector needs is added, removed or changed": [
+        ((), ("  NIGHT:", "  DARK: hour(AT) <= 6\n  NIGHT:", " NIGHT,", " NIGHT, DARK,")),
+        ((), ("transforms:\n  NIGHT: hour(AT) <= 6\n", "", " NIGHT,", "")),
         ((), ("hour(AT) <= 6", "hour(AT) <= 5")),
     ],
     "another `vector`, or another order of it": [

@@ -46,7 +46,7 @@ class Bench:
         self.profiles = Profiles(
             self.pipeline.entities[0], lambda values, keys, sent: decoder.decode(values, sent),
             lambda partition, at_most: Store(path / str(partition), self.pipeline.definition), 1,
-            self.pipeline.stream.numeric, targets=1,
+            self.pipeline.stream.columns, targets=1,
         )  # fmt: skip
         self.producer = Producer()
         self.outbox = outbox(self.producer)

@@ -1,6 +1,7 @@
 """A history in a file: read, folded at once, and read again for training."""
 
 import datetime as dt
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from app import history
+from models.events import EventDecoder
 from models.history import vectors_of
 from models.pipeline import Pipeline, find
-from models.windows import NEGATIVE, POSITIVE, UNKNOWN
+from models.windows import NEGATIVE, NULL, POSITIVE, UNKNOWN
 from tests.conftest import PIPELINES
+from tests.fixtures.pipelines import shop
 
 DAY_MS = 86_400_000
 START = dt.datetime(2018, 4, 1, 12)  # a Sunday
@@ -140,6 +143,47 @@ def test_days_and_times() -> None:
     assert history.instant("1970-01-01T01:00:00+01:00") == 0
     with pytest.raises(history.FileWrong, match="write it like 2013-09-01"):
         history.instant("yesterday")
+
+
+TEXTS = shop(
+    "ITEMS: {type: int, optional: true}", "ITEMS: {type: category, values: [web, phone], optional: true}",
+    "{aggregate: mean, of: ITEMS, window: 1h}", "{aggregate: mean, of: AMOUNT, window: 1h}",
+    "hour(AT) <= 6", "SHOP == 'north'",
+)  # fmt: skip
+
+
+def orders(kinds: Any, shops: Any) -> pa.Table:
+    n = len(kinds)
+    at = int(START.replace(tzinfo=dt.UTC).timestamp() * 1000)
+    return pa.table({
+        "ID": list(range(n)), "AT": [at + i for i in range(n)], "CUSTOMER": [1] * n, "SHOP": shops,
+        "AMOUNT": [1.5] * n, "ITEMS": kinds, "WEIGHT": [0.5] * n,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())], ids=str
+)
+def test_texts_stand_in_the_block_as_the_stream_decodes_them(kind: pa.DataType, tmp_path: Path) -> None:
+    kinds, shops = ["web", None, "by post", "phone", "web"], ["north", "", None, "é", "north"]
+    table = orders(pa.array(kinds).cast(kind), pa.array(shops).cast(kind))
+    path = tmp_path / "events.parquet"
+    pq.write_table(table, path, row_group_size=2)  # so a dictionary a group
+    fields = history.read(path, TEXTS).history.fields
+    values = [json.dumps(row).encode() for row in table.to_pylist()]
+    batch, _, rejects = EventDecoder(TEXTS).decode(values, np.full(5, 2**62))
+    assert not rejects
+    np.testing.assert_array_equal(fields, batch.fields)
+    assert fields[:, 5].tolist() == [0, NULL, -1, 1, 0]
+    assert history.read(written(tmp_path, table.slice(0, 0)), TEXTS).history.fields.shape == (0, 7)
+
+
+def test_a_column_of_texts_holds_texts(tmp_path: Path) -> None:
+    path = written(tmp_path, orders([1, 2], ["a", "b"]))
+    with pytest.raises(
+        history.FileWrong, match=r"ITEMS is no category \(int64 is no text; write a column of"
+    ):
+        history.read(path, TEXTS)
 
 
 def test_nulls_of_a_key_and_of_a_value(tmp_path: Path) -> None:

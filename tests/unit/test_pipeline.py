@@ -51,7 +51,7 @@ def test_what_is_compiled() -> None:
         ("field", "AMOUNT"), ("field", "ITEMS"), ("field", "WEIGHT"), ("transform", "NIGHT"),
         ("shop", "SHOP_RISK"), ("customer", "CUSTOMER_NB"), ("customer", "CUSTOMER_SPENT"), ("shop", "SHOP_ITEMS"),
     )  # fmt: skip
-    assert [f.name for f in p.stream.numeric] == ["ID", "AT", "CUSTOMER", "AMOUNT", "ITEMS", "WEIGHT"]
+    assert [f.name for f in p.stream.columns] == ["ID", "AT", "CUSTOMER", "AMOUNT", "ITEMS", "WEIGHT"]
     assert {f.name: f.integral for f in p.stream.fields.values()} == {
         "ID": True, "AT": True, "CUSTOMER": True, "SHOP": False, "AMOUNT": True, "ITEMS": True, "WEIGHT": False,
     }  # fmt: skip
@@ -64,6 +64,48 @@ def test_what_is_compiled() -> None:
 def test_a_stream_s_topic_is_the_first_entity_s_log(old: str, new: str, topic: str) -> None:
     p = shop(old, new)
     assert p.stream.topic == p.entities[0].log == topic
+
+
+CHANNEL = (
+    "      WEIGHT: {type: float, optional: true}\n",
+    (
+        "      WEIGHT: {type: float, optional: true}\n      CHANNEL: {type: category, values: [web, shop]}\n"
+        "      NOTE: string\n      TEXT: string\n"
+    ),
+)
+
+
+def test_what_has_a_column_of_the_block() -> None:
+    """Categories, and those strings that something needed compares, in the stream's order."""
+    plain = ["ID", "AT", "CUSTOMER", "AMOUNT", "ITEMS", "WEIGHT", "CHANNEL"]
+    assert [f.name for f in shop(*CHANNEL).stream.columns] == plain
+    p = shop(*CHANNEL, "hour(AT) <= 6", "NOTE == 'a' or SHOP in ('b', 'c')\n  UNUSED: TEXT == 'd'")
+    assert [f.name for f in p.stream.columns] == [*plain[:3], "SHOP", *plain[3:], "NOTE"]
+    fields = p.stream.fields
+    assert (fields["NOTE"].hashed, fields["TEXT"].hashed, fields["CHANNEL"].hashed) == (True, False, False)
+    assert (fields["NOTE"].integral, fields["TEXT"].integral, fields["CHANNEL"].integral) == (
+        True,
+        False,
+        True,
+    )
+    assert fields["CHANNEL"].values == ("web", "shop")
+
+
+def test_transforms_are_those_that_the_vector_needs_in_their_order() -> None:
+    p = shop(
+        "hour(AT) <= 6",
+        "hour(AT)\n  MEAN: CUSTOMER_SPENT / CUSTOMER_NB\n  UNUSED: MEAN + 1\n  NEAR: AMOUNT / MEAN\n  Z: NEAR - NIGHT",
+        "NIGHT, SHOP_RISK", "Z, SHOP_RISK",
+    )  # fmt: skip
+    assert list(p.transforms) == ["NIGHT", "MEAN", "NEAR", "Z"]
+    assert p.transforms["MEAN"].uses == ("CUSTOMER_NB", "CUSTOMER_SPENT")
+    assert p.sources[3] == ("transform", "Z")
+
+
+def test_a_category_may_have_a_thousand_values() -> None:
+    values = [f"v{i}" for i in range(1000)]
+    p = shop("WEIGHT: {type: float", f"WEIGHT: {{type: category, values: {values}")
+    assert p.stream.fields["WEIGHT"].values == tuple(values)
 
 
 def test_an_entity_is_found_by_name() -> None:
@@ -98,6 +140,12 @@ class Bad:
     field: str
     says: str
     schema: bool = False
+    more: tuple[str, str] | None = None
+
+    @property
+    def text(self) -> str:
+        text = edited(SHOP, self.old, self.new)
+        return edited(text, *self.more) if self.more else text
 
 
 ID = "    id: ID\n    time: AT\n"
@@ -133,6 +181,15 @@ MALFORMED = {
     "scale of ten": Bad("scale: 2", "scale: 10", 11, "streams.orders.fields.AMOUNT.scale", "10 is not between 0 and 9"),
     "scale below zero": Bad("scale: 2", "scale: -1", 11, "streams.orders.fields.AMOUNT.scale", "-1 is not between 0 and 9"),
     "scale is a text": Bad("scale: 2", "scale: two", 11, "streams.orders.fields.AMOUNT.scale", "Expected `int`, got `str`", True),
+    "category without values": Bad("      CUSTOMER: int", "      CUSTOMER: category", 9, "streams.orders.fields.CUSTOMER.values", "a category needs its values; write values: [web, shop]"),
+    "category of no value": Bad("      CUSTOMER: int", "      CUSTOMER: {type: category, values: []}", 9, "streams.orders.fields.CUSTOMER.values", "a category needs its values"),
+    "category of a value twice": Bad("      CUSTOMER: int", "      CUSTOMER: {type: category, values: [a,\n        b, a]}", 10, "streams.orders.fields.CUSTOMER.values.2", "'a' stands twice; each value has one code"),
+    "category of numbers": Bad("      CUSTOMER: int", "      CUSTOMER: {type: category, values: [1, 2]}", 9, "streams.orders.fields.CUSTOMER.values.0", "Expected `str`, got `int`", True),
+    "category of too many": Bad("      CUSTOMER: int", f"      CUSTOMER: {{type: category, values: [{', '.join(f'v{i}' for i in range(1001))}]}}", 9, "streams.orders.fields.CUSTOMER.values", "1001 are more than 1000 values; declare it as a string"),
+    "values of a string": Bad("{type: string,", "{type: string, values: [a],", 10, "streams.orders.fields.SHOP.values", "a string has no list of values; use type: category, or drop it"),
+    "scale of a category": Bad("      CUSTOMER: int", "      CUSTOMER: {type: category, values: [a], scale: 1}", 9, "streams.orders.fields.CUSTOMER.scale", "a category has no scale"),
+    "key is a category": Bad("      CUSTOMER: int", "      CUSTOMER: {type: category, values: [a]}", 22, "entities.customer.key", "CUSTOMER is no int or string"),
+    "sum of a category": Bad("AMOUNT: {type: decimal, scale: 2}", "AMOUNT: {type: category, values: [a]}", 25, "entities.customer.features.CUSTOMER_SPENT.of", "AMOUNT is a category; aggregates are exact"),
     "stream named as predictions": Bad("  orders:", "  predictions:", 2, "streams", "the topic shop.predictions has another use"),
     "stream in the dead letters": Bad(ID, ID + "    topic: shop.dead-letters\n", 2, "streams", "the topic shop.dead-letters has another use"),
     # labels
@@ -148,8 +205,20 @@ MALFORMED = {
     "transform's name": Bad("  NIGHT:", "  NIGHT-TIME:", 19, "transforms.NIGHT-TIME", "letters, digits and '_'"),
     "transform is a field": Bad("  NIGHT:", "  ITEMS:", 19, "transforms.ITEMS", "a field of the stream has this name; rename"),
     "transform does not parse": Bad("hour(AT) <= 6", "hour(AT", 19, "transforms.NIGHT", "write it like 'hour(AT) <= 6'."),
-    "transform of what is not": Bad("hour(AT)", "hour(ATT)", 19, "transforms.NIGHT", "no field 'ATT'; it has ID, AT"),
-    "transform is a number": Bad("hour(AT) <= 6", "6", 18, "transforms", "Expected `str`, got `int`", True),
+    "transform of what is not": Bad("hour(AT)", "hour(ATT)", 19, "transforms.NIGHT", "there is no 'ATT'; did you mean AT?"),
+    "transform is a number": Bad("hour(AT) <= 6", "6", 19, "transforms.NIGHT", "6 is no transform; write an expression, or {function:", True),
+    "transform of a text": Bad("hour(AT) <= 6", "SHOP + 1", 19, "transforms.NIGHT", "SHOP is a string, no number; compare it"),
+    "transform of a value that is not": Bad("WEIGHT: {type: float", "WEIGHT: {type: category, values: [a, b]", 19, "transforms.NIGHT", "WEIGHT has no value 'c'; its values are a, b.", more=("hour(AT) <= 6", "WEIGHT == 'c'")),
+    "transform of a later one": Bad("hour(AT) <= 6", "LATER + 1\n  LATER: ITEMS + 1", 19, "transforms.NIGHT", "LATER is written further down; move it above NIGHT."),
+    "transform of itself": Bad("hour(AT) <= 6", "NIGHT + 1", 19, "transforms.NIGHT", "it needs itself (NIGHT -> NIGHT); write one of them"),
+    "transforms in a ring": Bad("hour(AT) <= 6", "ITEMS + B\n  B: C * 2 + D\n  D: ITEMS\n  C: {function: x:y, inputs: [D, NIGHT]}", 19, "transforms.NIGHT", "it needs itself (NIGHT -> B -> C -> NIGHT); write"),
+    "transform of a transform in no order": Bad("hour(AT) <= 6", "hour(AT)\n  B: NIGHT + C\n  C: AMOUNT", 20, "transforms.B", "C is written further down; move it above B."),
+    "function without inputs": Bad("hour(AT) <= 6", "{function: 'a:b'}", 19, "transforms.NIGHT", "missing required field `inputs`", True),
+    "unknown in function": Bad("hour(AT) <= 6", "{function: 'a:b', input: [AT], inputs: []}", 19, "transforms.NIGHT.input", "did you mean inputs?", True),
+    "function of what is not": Bad("hour(AT) <= 6", "{function: 'tests.fixtures.own:large', inputs: [AMOUNTS]}", 19, "transforms.NIGHT", "there is no 'AMOUNTS'; did you mean AMOUNT?"),
+    "function of itself": Bad("hour(AT) <= 6", "{function: 'tests.fixtures.own:large', inputs: [NIGHT]}", 19, "transforms.NIGHT", "it needs itself (NIGHT -> NIGHT)"),
+    "function that is not": Bad("hour(AT) <= 6", "{function: 'tests.fixtures.own:lage', inputs: [AMOUNT]}", 19, "transforms.NIGHT", "has no function 'lage'; define it there with def."),
+    "function over the batch": Bad("hour(AT) <= 6", "{function: 'tests.fixtures.own:ranks', inputs: [AMOUNT]}", 19, "transforms.NIGHT", "leave out sums, means and ranks over the array."),
     # entities and features
     "no entity": Bad(SHOP[SHOP.index("  customer:") : SHOP.index("vector:")], "  {}\n", 20, "entities", "name at least one"),
     "entity's name": Bad("  customer:", "  my customer:", 21, "entities.my customer", "an entity's name has letters"),
@@ -191,7 +260,7 @@ MALFORMED = {
     "least of floats": Bad("{aggregate: count, window: 1d}", "{aggregate: min, window: 1d, of: WEIGHT}", 24, "entities.customer.features.CUSTOMER_NB.of", "declare it as int"),
     "least of nothing": Bad("{aggregate: count, window: 1d}", "{aggregate: min, window: 1d}", 24, "entities.customer.features.CUSTOMER_NB", "min needs a field; write of: FIELD"),
     "where does not parse": Bad("{aggregate: count, window: 1d}", "{aggregate: count, window: 1d, where: AMOUNT >}", 24, "entities.customer.features.CUSTOMER_NB.where", "write it like"),
-    "where of what is not": Bad("{aggregate: count, window: 1d}", "{aggregate: count, window: 1d, where: AMUONT > 5}", 24, "entities.customer.features.CUSTOMER_NB.where", "no field 'AMUONT'"),
+    "where of what is not": Bad("{aggregate: count, window: 1d}", "{aggregate: count, window: 1d, where: AMUONT > 5}", 24, "entities.customer.features.CUSTOMER_NB.where", "there is no 'AMUONT'; did you mean AMOUNT?"),
     "by two fields": Bad("{aggregate: count, window: 1d}", "{aggregate: count, window: 1d, by: {ITEMS: [1], AMOUNT: [2]}}", 24, "entities.customer.features.CUSTOMER_NB.by", "it names one field"),
     "by what is not": Bad("{aggregate: count, window: 1d}", "{aggregate: count, window: 1d, by: {ITEM: [1]}}", 24, "entities.customer.features.CUSTOMER_NB.by", "did you mean ITEMS?"),
     "by no value": Bad("{aggregate: count, window: 1d}", "{aggregate: count, window: 1d, by: {ITEMS: []}}", 24, "entities.customer.features.CUSTOMER_NB.by.ITEMS", "name at least one value"),
@@ -229,7 +298,7 @@ MALFORMED = {
 @pytest.mark.parametrize("bad", MALFORMED.values(), ids=MALFORMED.keys())
 def test_a_malformed_file_is_refused_with_line_field_and_remedy(bad: Bad) -> None:
     with pytest.raises(PipelineError) as refused:
-        pipeline.parse(edited(SHOP, bad.old, bad.new), "folder/shop.yaml")
+        pipeline.parse(bad.text, "folder/shop.yaml")
     said = str(refused.value)
     assert said.startswith(f"folder/shop.yaml:{bad.line}: {bad.field + ': ' if bad.field else ''}")
     assert bad.says in said
@@ -316,7 +385,7 @@ SEEN_BY_EDITORS = {name: bad for name, bad in MALFORMED.items() if bad.schema}
 def test_the_schema_refuses_what_an_editor_can_see(
     validator: jsonschema.Draft202012Validator, bad: Bad
 ) -> None:
-    data: Any = yaml.safe_load(edited(SHOP, bad.old, bad.new))
+    data: Any = yaml.safe_load(bad.text)
     if bad.field == "name":
         data["name"] = 2020  # JSON has no dates
     with pytest.raises(jsonschema.ValidationError):
@@ -342,7 +411,17 @@ CHANGES = {
     "which entity has which key": ("key: SHOP", "key: ONE", "key: CUSTOMER", "key: SHOP", "key: ONE", "key: CUSTOMER"),
     "the lateness": ("lateness: 1h", "lateness: 2h"),
     "a transform": ("hour(AT) <= 6", "hour(AT) <= 5"),
-    "a transform's name": ("  NIGHT: hour(AT) <= 6\n", "  NIGHT: hour(AT) <= 6\n  DARK: hour(AT) <= 6\n"),
+    "a transform's name": ("NIGHT", "DARK"),
+    "a transform of another's": ("hour(AT) <= 6\n", "hour(AT) + HALF\n  HALF: ITEMS / 2\n", "  NIGHT: hour(AT) + HALF\n  HALF: ITEMS / 2\n", "  HALF: ITEMS / 2\n  NIGHT: hour(AT) + HALF\n"),
+    "and the other": ("hour(AT) <= 6\n", "hour(AT) + HALF\n  HALF: ITEMS / 3\n", "  NIGHT: hour(AT) + HALF\n  HALF: ITEMS / 3\n", "  HALF: ITEMS / 3\n  NIGHT: hour(AT) + HALF\n"),
+    "a function": ("hour(AT) <= 6", "{function: 'tests.fixtures.own:large', inputs: [AMOUNT]}"),
+    "a function's input": ("hour(AT) <= 6", "{function: 'tests.fixtures.own:large', inputs: [ITEMS]}"),
+    "another function": ("hour(AT) <= 6", "{function: 'tests.fixtures.own:itself', inputs: [AMOUNT]}"),
+    "a string that is compared": ("hour(AT) <= 6", "SHOP == 'a'"),
+    "a category": ("WEIGHT: {type: float", "WEIGHT: {type: category, values: [a, b]"),
+    "a category's values": ("WEIGHT: {type: float", "WEIGHT: {type: category, values: [a, c]"),
+    "the order of a category's values": ("WEIGHT: {type: float", "WEIGHT: {type: category, values: [b, a]"),
+    "one more category": ("labels:\n", "      HEIGHT: {type: category, values: [a]}\nlabels:\n"),
     "the label": ("RETURNED", "BROUGHT_BACK"),
     "a field's scale": ("scale: 2", "scale: 3"),
     "a field's unit": ("unit: ms", "unit: s"),
@@ -369,6 +448,7 @@ SAME = {
     "a default in words": ("{aggregate: count, window: 1d}", "{aggregate: count, window: 1d, delay: 0s}"),
     "spaces in a transform": ("hour(AT) <= 6", "hour( AT )<=6"),
     "the order of keys": ("lateness: 1h\ntransforms:\n  NIGHT: hour(AT) <= 6\n", "transforms:\n  NIGHT: hour(AT) <= 6\nlateness: 1h\n"),
+    "a transform that nothing needs": ("hour(AT) <= 6\n", "hour(AT) <= 6\n  DARK: SHOP == 'a'\n  DARKER: DARK + 1\n"),
     "a text that nothing uses": ("labels:\n", "      NOTE: {type: string, optional: true}\nlabels:\n"),
 }  # fmt: skip
 

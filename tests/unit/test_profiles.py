@@ -29,7 +29,7 @@ from tests.fixtures.logs import Fetched, Mortal, log, order
 from tests.fixtures.pipelines import shop
 
 SHOP = shop()
-NUMERIC = [f.name for f in SHOP.stream.numeric]
+NUMERIC = [f.name for f in SHOP.stream.columns]
 PARTITIONS = 3
 # Of records between stages: no predecessor, and nothing cut.
 NONE_BEFORE, SOUND = np.array([-1]), np.array([False])
@@ -48,7 +48,7 @@ def customers(root: Path, open_store: Open = Store, pipeline: Any = SHOP) -> Pro
         lambda values, keys, sent: decoder.decode(values, sent),
         lambda p, at_most: open_store(root / f"customer-{p}", pipeline.definition),
         PARTITIONS,
-        SHOP.stream.numeric,
+        SHOP.stream.columns,
         partial(partition_of, count=PARTITIONS),
     )
 
@@ -61,7 +61,7 @@ def shops(root: Path, open_store: Open = Store) -> Profiles:
         lambda values, keys, sent: codec.decode(values, keys),
         lambda p, at_most: open_store(root / f"shop-{p}", SHOP.definition),
         PARTITIONS,
-        SHOP.stream.numeric,
+        SHOP.stream.columns,
     )
 
 

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import pipeline
+from models.fields import event_id
 from models.vectors import Vectors
 from models.windows import NULL
+from tests.fixtures import own
 from tests.fixtures.histories import bits
 from tests.fixtures.pipelines import SHIPPED, SHOP, edited, shop
 
@@ -35,6 +37,48 @@ def test_fields_transforms_and_features_stand_in_their_places() -> None:
         [-0.01, math.nan, math.nan, 0.0, 24.0, 21.0, 22.0, math.nan],
     ]
     assert bits(vectors.of(fields, features)) == bits(expected)
+
+
+def test_transforms_of_fields_features_and_each_other() -> None:
+    """In their order, each behind what it names; a function, a category and a string among them."""
+    p = shop(
+        "ITEMS: {type: int, optional: true}", "ITEMS: {type: category, values: [web, phone], optional: true}",
+        "{aggregate: mean, of: ITEMS, window: 1h}", "{aggregate: mean, of: AMOUNT, window: 1h}",
+        "  NIGHT: hour(AT) <= 6\n",
+        "  MEAN: CUSTOMER_SPENT / CUSTOMER_NB\n  NEAR: AMOUNT / MEAN\n  NIGHT: NEAR + MEAN\n"
+        "  PHONE: ITEMS == 'phone'\n  NORTH: SHOP in ('north', 'south') or isnan(SHOP)\n"
+        "  OWN: {function: 'tests.fixtures.own:risk', inputs: [NIGHT, ITEMS]}\n",
+        "NIGHT, SHOP_RISK", "NIGHT, PHONE, NORTH, OWN, SHOP_RISK",
+    )  # fmt: skip
+    events = [(5000, 1, "north"), (100, 0, "west"), (100, -1, "south"), (100, NULL, None)]
+    # ID, AT, CUSTOMER, SHOP, AMOUNT, ITEMS, WEIGHT
+    fields = np.array(
+        [(1, NOON, 3, NULL if s is None else event_id(s), a, k, 0) for a, k, s in events], np.int64
+    )
+    features = np.tile([2.0, 20.0, 0.0, 0.5], (4, 1))  # NB, SPENT, ITEMS, RISK
+    nan = math.nan
+    expected = [  # AMOUNT, ITEMS, WEIGHT, NIGHT, PHONE, NORTH, OWN, SHOP_RISK, CUSTOMER_NB, ...
+        [50.0, 1.0, 0.0, 15.0, 1.0, 1.0, 30.0, 0.5, 2.0, 20.0, 0.0],
+        [1.0, 0.0, 0.0, 10.1, 0.0, 0.0, 20.2, 0.5, 2.0, 20.0, 0.0],
+        [1.0, -1.0, 0.0, 10.1, 0.0, 1.0, 20.2, 0.5, 2.0, 20.0, 0.0],
+        [1.0, nan, 0.0, 10.1, 0.0, 1.0, 10.1, 0.5, 2.0, 20.0, 0.0],
+    ]
+    assert bits(Vectors(p).of(fields, features)) == bits(expected)
+    assert Vectors(p).of(fields[:0], features[:0]).shape == (0, 11)
+
+
+def test_each_transform_is_computed_once_and_only_if_it_is_needed() -> None:
+    p = shop(
+        "  NIGHT: hour(AT) <= 6\n",
+        "  ONE: {function: 'tests.fixtures.own:counted', inputs: [AMOUNT]}\n"
+        "  NONE: {function: 'tests.fixtures.own:counted', inputs: [CUSTOMER]}\n"
+        "  NIGHT: ONE + ONE\n  TWO: ONE * NIGHT\n",
+        "NIGHT, SHOP_RISK", "NIGHT, TWO, ONE, SHOP_RISK",
+    )  # fmt: skip
+    own.COUNTED.clear()
+    vectors = Vectors(p).of(block((1, NOON, 3, 200, 1, 0.0)), np.zeros((1, 4)))
+    assert vectors[0, 3:6].tolist() == [4.0, 8.0, 2.0]
+    assert own.COUNTED == [1]
 
 
 def test_no_events_have_no_vectors() -> None:
@@ -77,7 +121,7 @@ def test_a_vector_does_not_depend_on_what_is_beside_it(rows: list[tuple[int, int
 def test_shipped_pipelines_give_vectors() -> None:
     for path in SHIPPED:
         p = pipeline.load(path)
-        fields = np.ones((3, len(p.stream.numeric)), np.int64)
+        fields = np.ones((3, len(p.stream.columns)), np.int64)
         features = np.ones((3, sum(len(e.features) for e in p.entities)))
         vectors = Vectors(p).of(fields, features)
         assert vectors.shape == (3, len(p.vector))

@@ -106,10 +106,10 @@ def test_equal_profiles_pack_to_equal_bytes(case: Case, stops: list[Break]) -> N
 
 
 def test_the_histories_hold_every_outcome() -> None:
-    """Else the tests above would prove little: of a hundred histories, ten or more have each."""
+    """Else the tests above would prove little: of two hundred histories, ten or more have each."""
     found: Counter[str] = Counter()
 
-    @settings(max_examples=100, phases=[Phase.generate], database=None, derandomize=True)
+    @settings(max_examples=200, phases=[Phase.generate], database=None, derandomize=True)
     @given(cases())
     def look(case: Case) -> None:
         found.update({OUTCOMES[o] for o in Truth(case).run(case.history)[1]})
