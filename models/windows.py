@@ -98,6 +98,15 @@ def plan(aggregates: list[Aggregate], values: int, lateness: int) -> Plan:
     )
 
 
+class Rows(NamedTuple):
+    """A profile's rows in event-time order: times, ids, labels (n,); values (n, v), NULL where absent."""
+
+    times: Ints
+    ids: Ints
+    labels: Ints
+    values: Ints
+
+
 class Arena:
     """All profiles of one stage. Slots are small integers; `new` gives one, `free` takes it back."""
 
@@ -171,6 +180,13 @@ class Arena:
         features = np.empty((len(slots), len(self.plan.ops)))
         _read_many(self._rows, self._table, self.plan, slots, times, features)
         return features
+
+    def rows(self, slot: int) -> Rows:
+        """What a profile remembers, as it is now; a copy."""
+        words = np.frombuffer(self.pack(np.array([slot]))[0], "<i8").astype(np.int64, copy=False)
+        width = 2 + self.plan.values
+        rows = words[3 : 3 + words[1] * width].reshape(-1, width)
+        return Rows(rows[:, 0] >> 2, rows[:, 1], rows[:, 0] & 3, rows[:, 2:])
 
     def newest(self, slots: Ints) -> Ints:
         """The newest event time that each profile has seen, ms; NULL where it has seen none."""
