@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-
 import msgspec
 import numpy as np
 import pytest
@@ -118,13 +116,6 @@ def test_a_profile_of_which_nothing_is_known() -> None:
     case = Case(0, [Aggregate(AGGREGATES["count"], 20)], 0, [])
     view = moment(case, [], 0, 100).view("f0")
     assert (view.value, view.events, view.outside) == (0.0, [], 0)
-
-
-def test_events_are_sorted_as_the_windows_are_searched() -> None:
-    case = Case(0, [], 100, [])
-    events = moment(case, [Entry(0, t, t) for t in (30, 10, 20, 10_000, 9_950)], 0, 0).events
-    assert [e.time for e in events] == sorted(e.time for e in events)
-    assert bisect_right(events, 9_950, key=lambda e: e.time) == len(events) - 1
 
 
 def test_a_feature_that_there_is_not() -> None:
