@@ -185,7 +185,7 @@ def _joined(batches: Sequence[Batch]) -> Batch:
 async def _no_key(entity: Entity, key: str, count: int, begins: int | None, address: str) -> NotInLog:
     tails = kafka.read_between(address, entity.log, dict.fromkeys(range(count), -TAIL))
     known = {r.key.decode(errors="replace") async for r in tails if r.key}
-    near = difflib.get_close_matches(key, known, 3)
+    near = difflib.get_close_matches(key, known - {key}, 3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"is it a {entity.key}?"
     return NotInLog(f"{entity.log} has no event of {entity.name} {key}{_since(begins)}; {hint}")
 
@@ -290,9 +290,9 @@ def show(found: Explanation, named: bool, everything: bool) -> None:
     for sentence in _sentences(found):
         click.echo(sentence)
     table(
-        ["feature", "then", "predicted", "now", "window then", "events", "others", "came", "left", "relabelled"],
+        ["feature", "then", "predicted", "now", "window then", "events", "since then"],
         [_line(found, t) for t in found.features],
-    )  # fmt: skip
+    )
     for told in found.features if named else ():
         rows = _events(told)
         cut = rows if everything else rows[:SHOWN]
@@ -346,9 +346,13 @@ def _line(found: Explanation, told: Explained) -> list[Any]:
     held = _number(served.get(told.feature)) if told.feature in served else None
     return [
         told.feature, _number(then.value), f"{held} (differs)" if differs else held, _number(now.value),
-        f"{utc(then.after)} to {utc(then.until)}", len(then.events), then.outside,
-        len(told.came), len(told.left), len(told.relabelled),
+        f"{utc(then.after)} to {utc(then.until)}", len(then.events), _changes(told),
     ]  # fmt: skip
+
+
+def _changes(told: Explained) -> str:
+    counts = {"came": told.came, "left": told.left, "relabelled": told.relabelled}
+    return ", ".join(f"{len(events):,} {what}" for what, events in counts.items() if events)
 
 
 def _number(value: float | None) -> str:
