@@ -481,6 +481,7 @@ def explain(
     import msgspec
 
     from app import explain as explains
+    from app.explain_table import show
     from app.history import instant
     from app.local import services
 
@@ -493,7 +494,7 @@ def explain(
     if as_json:
         click.echo(msgspec.json.encode(found))
     else:
-        explains.show(found, bool(features), everything)
+        show(found, bool(features), everything)
 
 
 # --- dead letters ------------------------------------------------------------------------------
