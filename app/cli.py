@@ -484,6 +484,43 @@ def doctor(name: str, alias: str | None, as_json: bool) -> None:
         sys.exit(1)
 
 
+@main.command(
+    epilog="Example: headrace explain -p card-fraud --entity terminal --key 7 --feature TERMINAL_ID_RISK_7DAY_WINDOW"
+)
+@_pipeline_options
+@click.option("--entity", required=True, metavar="NAME", help="Whose features.")
+@click.option("--key", required=True, metavar="KEY", help="Of which customer, terminal or the like.")
+@click.option(
+    "--feature", "features", multiple=True, metavar="NAME", help="Show its events; may be repeated."
+)
+@click.option("--event", metavar="ID", help="As its prediction was made; the key's newest by default.")
+@click.option("--at", metavar="TIME", help="As known at this time, ISO in UTC or ms.")
+@click.option("--all", "everything", is_flag=True, help="All events of the windows, not the newest 20.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line, with all events.")
+def explain(
+    name: str, alias: str | None, entity: str, key: str, features: tuple[str, ...], event: str | None,
+    at: str | None, everything: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Show which events made a feature's value, then and now, from the log alone."""
+    import msgspec
+
+    from app import explain as explains
+    from app.explain_table import show
+    from app.history import instant
+    from app.local import services
+
+    if event is not None and at is not None:
+        raise click.UsageError("Give either --event or --at.")
+    time = None if at is None else int(at) if at.isdigit() else instant(at)
+    settings = _settings()
+    pipeline, address = _find(settings, name, alias), services.addresses(settings).kafka
+    found = asyncio.run(explains.explained(pipeline, address, entity, key, features, event, time))
+    if as_json:
+        click.echo(msgspec.json.encode(found))
+    else:
+        show(found, bool(features), everything)
+
+
 # --- dead letters ------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,12 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     return str(value)
+
+
+def utc(time: int) -> str:
+    """A time in ms as people read it, UTC."""
+    moment = dt.datetime.fromtimestamp(time / 1000, dt.UTC).replace(tzinfo=None)
+    return moment.isoformat(" ", "milliseconds" if time % 1000 else "seconds")
 
 
 @contextmanager

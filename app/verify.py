@@ -21,7 +21,7 @@ from models.history import History, arena_for, vectors_of
 from models.partitions import partitions_of
 from models.pipeline import Entity, Pipeline
 from models.predictions import Prediction, decode
-from models.records import NEVER, NEWS, RecordCodec, fresh, skew
+from models.records import NEVER, NEWS, RecordCodec, fresh, loosened, skew
 from models.vectors import Vectors
 from models.windows import DUPLICATE, EVENT, NULL, Floats, Ints
 
@@ -126,10 +126,7 @@ async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
     first = pipeline.entities[0]
     count = (await kafka.partitions_of(address, [first.log]))[first.log]
     records, logs, offsets = await _read(address, first.log)
-    sent = np.array([r.timestamp for r in records], np.int64)
-    batch, kept, _ = EventDecoder(pipeline).decode([r.value or b"" for r in records], sent)
-    home = at_home(batch, logs[kept], count)
-    batch, kept = batch.where(home), kept[home]
+    batch, kept = Intake(pipeline, 0, count).take(records)
     features, outcomes, latest = _fold(first, batch, pipeline.stream.columns)
     on = np.flatnonzero(outcomes != DUPLICATE)
     order = on[np.argsort(batch.ids[on], kind="stable")]
@@ -141,13 +138,7 @@ async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
     fields, gathered = batch.fields[order], [features[order]]
     for number, entity in enumerate(pipeline.entities[1:], 1):
         records, logs, offsets = await _read(address, entity.log)
-        codec = RecordCodec(pipeline, number)
-        batch, kept, _ = codec.decode([r.value or b"" for r in records], [r.key for r in records])
-        assert batch.sources is not None and batch.offsets is not None and batch.previous is not None
-        width = int(batch.sources.max(initial=0)) + 1
-        seen = np.full((int(logs.max(initial=0)) + 1, width), NEVER, np.int64)
-        news = np.flatnonzero(fresh(logs[kept], batch.sources, batch.offsets, batch.previous, seen) == NEWS)
-        batch, kept = batch.take(news), kept[news]
+        batch, kept = Intake(pipeline, number, int(logs.max(initial=0)) + 1).take(records)
         features, outcomes, latest = _fold(entity, batch, pipeline.stream.columns)
         expected.latest.append(latest)
         on = np.flatnonzero((batch.kinds == EVENT) & (outcomes != DUPLICATE))
@@ -181,6 +172,44 @@ def same(a: Floats, b: Floats) -> npt.NDArray[np.bool_]:
     """Which cells have the same bits, any NaN being as good as another."""
     equal: npt.NDArray[np.bool_] = (a.view(np.int64) == b.view(np.int64)) | (np.isnan(a) & np.isnan(b))
     return equal
+
+
+class Intake:
+    """What a stage takes of its log's records: those that are good, in their key's partition, and not seen before.
+
+    number: of the entity; count: partitions of its log; cut: the log has lost its beginning, so what comes
+    first of each source is taken as it is.
+    """
+
+    def __init__(self, pipeline: Pipeline, number: int, count: int, cut: bool = False) -> None:
+        self._count = count
+        self._events = None if number else EventDecoder(pipeline)
+        self._codec = RecordCodec(pipeline, number)
+        never = np.full((count, 1), NEVER, np.int64)
+        self._seen: Ints = loosened(never) if cut else never
+        self._never = self._seen[0, 0]
+
+    def take(self, records: Sequence[Any]) -> tuple[Batch, Ints]:
+        """The batch, and which of the records they are. Each partition's come in log order, in any pieces."""
+        values, logs = [r.value or b"" for r in records], np.array([r.partition for r in records], np.int64)
+        if self._events is not None:
+            sent = np.array([r.timestamp for r in records], np.int64)
+            batch, kept, _ = self._events.decode(values, sent)
+            good = at_home(batch, logs[kept], self._count)
+        else:
+            batch, kept, _ = self._codec.decode(values, [r.key for r in records])
+            good = self._fresh(batch, logs[kept])
+        return batch.where(good), kept[good]
+
+    def _fresh(self, batch: Batch, logs: Ints) -> npt.NDArray[np.bool_]:
+        assert batch.sources is not None and batch.offsets is not None and batch.previous is not None
+        more = int(batch.sources.max(initial=0)) + 1 - self._seen.shape[1]
+        if more > 0:
+            self._seen = np.pad(self._seen, ((0, 0), (0, more)), constant_values=self._never)
+        news: npt.NDArray[np.bool_] = (
+            fresh(logs, batch.sources, batch.offsets, batch.previous, self._seen) == NEWS
+        )
+        return news
 
 
 def at_home(batch: Batch, logs: Ints, count: int) -> npt.NDArray[np.bool_]:

@@ -103,6 +103,16 @@ class Plan(NamedTuple):
     width: int  # features
 
 
+class Rows(NamedTuple):
+    """A profile's rows in event-time order: times, ids, labels, flags (n,); values (n, v), NULL where absent."""
+
+    times: Ints
+    ids: Ints
+    labels: Ints
+    flags: Ints
+    values: Ints
+
+
 class Arena:
     """All profiles of one stage. Slots are small integers; `new` gives one, `free` takes it back."""
 
@@ -177,6 +187,24 @@ class Arena:
         features = np.empty((len(slots), self.plan.width))
         _read_many(self._rows, self._table, self.plan, slots, times, features)
         return features
+
+    def rows(self, slot: int) -> Rows:
+        """What a profile remembers, as it is now; a copy. With a hop it remembers no events."""
+        p, plan = self._table[slot], self.plan
+        rows = self._rows[p[_START] : p[_START] + (0 if plan.hop else p[_LENGTH])]
+        below = self._rows[p[_START] + 1 : p[_START] + 1 + len(rows)]
+        values = below[:, plan.raw[:, 0]] - rows[:, plan.raw[:, 0]]
+        for v, valued in enumerate(plan.raw[:, 1].tolist()):
+            if valued != _NONE:
+                values[below[:, valued] == rows[:, valued], v] = NULL
+        states = rows[:, _STATE]
+        return Rows(
+            rows[:, _TIME].copy(),
+            rows[:, _ID].copy(),
+            states & (1 << _LABEL_BITS) - 1,
+            states >> _LABEL_BITS,
+            values,
+        )
 
     def newest(self, slots: Ints) -> Ints:
         """The newest event time that each profile has seen, ms; NULL where it has seen none."""

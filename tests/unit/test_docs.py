@@ -15,12 +15,15 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from app.api.server import Features, Problem, create_api
 from app.cli import main
+from app.explain import Explanation, Place, Served
 from app.kafka import wanted_topics
 from app.metrics import WorkerCollector
 from app.settings import Settings, variable
+from models import explain
 from models.aggregates import KINDS
 from models.dead_letters import DeadLetter, Replayed
 from models.events import Code
+from models.explain import Explained, Relabelled, View
 from models.functions import FUNCTIONS
 from models.pipeline import find, parse, schema
 from models.predictions import Origin, Prediction
@@ -190,6 +193,8 @@ def test_every_field_of_a_record() -> None:
         assert f"| `{code}` |" in topics, code
     for name in fields(Features, Problem):
         assert f'"{name}"' in api, name
+    for name in fields(Explanation, Place, Served, Explained, View, explain.Event, Relabelled):
+        assert f'"{name}"' in page("explain.md"), name
 
 
 def test_every_key_and_type_of_a_pipeline_file() -> None:
