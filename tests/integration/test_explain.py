@@ -61,7 +61,8 @@ def ask(run: Run, entity: str, key: Any, *features: str, **more: Any) -> Any:
 def agrees(entity: Entity, found: Explanation) -> None:
     """A few kinds, by hand, from the events alone."""
     for told in found.features:
-        kind, *_, value, _ = entity.plan.ops[entity.features.index(told.feature)].tolist()
+        one = entity.aggregates[entity.features.index(told.feature)]
+        kind, value = one.kind, one.value
         for view in (told.then, told.now):
             assert all(view.after < e.time <= view.until for e in view.events)
             if kind == MEAN:
