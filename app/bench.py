@@ -78,7 +78,7 @@ def _run(
 def _prepare(settings: Settings, pipeline: Pipeline, events: int, report: Report) -> replay.Tape:
     """Data and a model. The last `events` of the file are the load."""
     if pipeline.name == "card-fraud":
-        file = _city(settings)
+        file = city(settings)
     else:
         story = demo.STORIES.get(pipeline.name)
         if story is None:
@@ -96,7 +96,7 @@ def _prepare(settings: Settings, pipeline: Pipeline, events: int, report: Report
     return replay.tape(file, pipeline, str(start))
 
 
-def _city(settings: Settings) -> Path:
+def city(settings: Settings) -> Path:
     """The default city's payments, made once."""
     file = settings.data_root / "bench" / "cards.parquet"
     if not file.exists():
@@ -162,7 +162,7 @@ def catchup(
         report(f"making {file}")
         write_cards(file, customers=customers, terminals=2 * customers, days=days)
     with session.running_services(settings, lambda s, e: report(f"{s}: {e}")) as addresses:
-        lifecycle.ensure(pipeline, _city(settings), settings.models_root, report)
+        lifecycle.ensure(pipeline, city(settings), settings.models_root, report)
         load = _Load(settings, pipeline, replay.tape(file, pipeline), addresses, report)
         runs = {
             way: asyncio.run(_catchup(load, late, seconds))

@@ -774,6 +774,17 @@ def bench_latency(name: str, rate: float, seconds: float, as_json: bool) -> None
     _bench_result(benches.latency(_settings(), name, rate, seconds), as_json)
 
 
+@bench.command("fold", epilog="Example: headrace bench fold --json")
+@click.option("--repeats", default=3, show_default=True, help="How often each is measured.")
+@click.option("--hot-seconds", default=3600, show_default=True, help="Event time of the hot key.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line.")
+def bench_fold(repeats: int, hot_seconds: int, as_json: bool) -> None:
+    """The fold alone: on a history, on one hot key, on a million keys."""
+    from app.bench_fold import fold
+
+    _bench_result(fold(_settings(), repeats, hot_seconds), as_json)
+
+
 @bench.command("memory", epilog="Example: headrace bench memory --profiles 1000000 --mib 256 --json")
 @click.option("--pipeline", "-p", "name", default="card-fraud", show_default=True, metavar="NAME")
 @click.option("--profiles", default=1_000_000, show_default=True, help="How many entities have a profile.")
