@@ -432,7 +432,7 @@ def _behind(rows: Ints, start: int, stop: int, time: int) -> int:
 
 
 @jit
-def _value(rows: Ints, plan: Plan, op: Ints, row: int) -> int:
+def _value(rows: Ints, op: Ints, row: int) -> int:
     """A row's value for an aggregate that looks at rows; NULL where it has none, or the filter does not hold."""
     if op[OP_FILTER] != _NONE and not (rows[row, _STATE] >> (_LABEL_BITS + op[OP_FILTER])) & 1:
         return NULL
@@ -452,14 +452,15 @@ def _between(rows: Ints, column: int, newer: int, older: int) -> int:
 
 
 @jit
-def _read(rows: Ints, p: Ints, plan: Plan, time: int, edges: Ints, out: Floats) -> None:  # noqa: PLR0912 - by kind
-    """The features of one profile at a time. edges: scratch, as long as plan.bounds."""
+def _read(
+    rows: Ints, p: Ints, bounds: Ints, ops: Ints, decay: Ints, time: int, edges: Ints, out: Floats
+) -> None:  # noqa: PLR0912 - by kind
+    """The features of one profile at a time. edges: scratch, as long as bounds."""
     start = p[_START]
     edge = start + p[_LENGTH]
-    for b in range(len(plan.bounds)):  # farther back with each bound, so each search ends at the last
-        edge = _behind(rows, start, edge, time - plan.bounds[b])
+    for b in range(len(bounds)):  # farther back with each bound, so each search ends at the last
+        edge = _behind(rows, start, edge, time - bounds[b])
         edges[b] = edge
-    ops = plan.ops
     if p[_CHUNK] == _NONE:
         for k in range(len(ops)):
             for o in range(ops[k, OP_OUT], ops[k, OP_OUT] + ops[k, OP_WIDTH]):
@@ -470,8 +471,8 @@ def _read(rows: Ints, p: Ints, plan: Plan, time: int, edges: Ints, out: Floats) 
         newer = edges[ops[k, OP_NEWER]]
         older = edges[ops[k, OP_OLDER]] if ops[k, OP_OLDER] != _NONE else _NONE
         if kind >= FIRST:
-            until = time - plan.bounds[ops[k, OP_NEWER]]
-            _look(rows, plan, ops[k], newer, older, until, out[at : at + ops[k, OP_WIDTH]])
+            until = time - bounds[ops[k, OP_NEWER]]
+            _look(rows, decay, ops[k], newer, older, until, out[at : at + ops[k, OP_WIDTH]])
             continue
         column = ops[k, OP_COUNT]
         count = newer - older if column == _NONE else _between(rows, column, newer, older)
@@ -526,7 +527,7 @@ def _spread(count: int, total: int, high_high: int, high_low: int, low_low: int)
 
 @jit
 def _look(  # noqa: PLR0912 - by kind
-    rows: Ints, plan: Plan, op: Ints, newer: int, older: int, until: int, out: Floats
+    rows: Ints, decay: Ints, op: Ints, newer: int, older: int, until: int, out: Floats
 ) -> None:
     """Aggregates that are no sums: they look at the window's rows. until: the window's newer end."""
     out[:] = np.nan
@@ -535,7 +536,7 @@ def _look(  # noqa: PLR0912 - by kind
     if kind in (FIRST, MIN, MAX):
         best = NULL
         for row in range(older, newer):
-            value = _value(rows, plan, op, row)
+            value = _value(rows, op, row)
             if value != NULL and (
                 best == NULL or (kind == MIN and value < best) or (kind == MAX and value > best)
             ):
@@ -547,7 +548,7 @@ def _look(  # noqa: PLR0912 - by kind
     elif kind in (LAST, LAST_K):
         found = 0
         for row in range(newer - 1, older - 1, -1):
-            value = _value(rows, plan, op, row)
+            value = _value(rows, op, row)
             if value != NULL:
                 out[found] = value / divisor
                 found += 1
@@ -555,16 +556,16 @@ def _look(  # noqa: PLR0912 - by kind
                     break
     elif kind == SINCE_LAST:
         for row in range(newer - 1, older - 1, -1):
-            if rows[row, _TIME] < until and _value(rows, plan, op, row) != NULL:
+            if rows[row, _TIME] < until and _value(rows, op, row) != NULL:
                 out[0] = (until - rows[row, _TIME]) / 1000
                 break
     elif kind in (DECAYED_COUNT, DECAYED_SUM):
-        _decayed(rows, plan, op, newer, older, until, out)
+        _decayed(rows, decay, op, newer, older, until, out)
     else:
         values = np.empty(newer - older, np.int64)
         count = 0
         for row in range(older, newer):
-            value = _value(rows, plan, op, row)
+            value = _value(rows, op, row)
             if value != NULL:
                 values[count] = value
                 count += 1
@@ -572,14 +573,14 @@ def _look(  # noqa: PLR0912 - by kind
 
 
 @jit
-def _decayed(rows: Ints, plan: Plan, op: Ints, newer: int, older: int, until: int, out: Floats) -> None:
+def _decayed(rows: Ints, decay: Ints, op: Ints, newer: int, older: int, until: int, out: Floats) -> None:
     """Sums of value times weight, in two halves so that none overflows; a weight is an integer of 1 / 2**24."""
     high = low = 0
     life = op[OP_NUMBER]
     for row in range(older, newer):
         age = until - rows[row, _TIME]
-        weight = plan.decay[(age % life) * DECAY_STEPS // life] >> (age // life)
-        value = _value(rows, plan, op, row)
+        weight = decay[(age % life) * DECAY_STEPS // life] >> (age // life)
+        value = _value(rows, op, row)
         if value != NULL:
             high += (value >> LOW_BITS) * weight
             low += (value & ((1 << LOW_BITS) - 1)) * weight
@@ -631,9 +632,9 @@ def _early_label(rows: Ints, p: Ints, time: int, event_id: int, horizon: int) ->
 
 
 @jit
-def _gain(plan: Plan, column: int, values: Ints, state: int) -> int:  # noqa: PLR0911 - by meaning
+def _gain(columns: Ints, column: int, values: Ints, state: int) -> int:  # noqa: PLR0911 - by meaning
     """What a row adds to a running column."""
-    what, value, of = plan.columns[column, 0], plan.columns[column, 1], plan.columns[column, 2]
+    what, value, of = columns[column, 0], columns[column, 1], columns[column, 2]
     if of != _NONE and not (state >> (_LABEL_BITS + of)) & 1:
         return 0
     if what == ROWS:
@@ -657,13 +658,23 @@ def _gain(plan: Plan, column: int, values: Ints, state: int) -> int:  # noqa: PL
 
 
 @jit
-def _insert(rows: Ints, p: Ints, plan: Plan, time: int, event_id: int, values: Ints, flags: int) -> int:
+def _insert(
+    rows: Ints,
+    p: Ints,
+    columns: Ints,
+    retention: int,
+    hop: int,
+    time: int,
+    event_id: int,
+    values: Ints,
+    flags: int,
+) -> int:
     """Put one event's row in its place. There is room for it. Returns FOLDED or LATE."""
     newest = p[_NEWEST]
     late = newest != NULL and time < newest
     if not late:
         p[_NEWEST] = newest = time
-    horizon = newest - plan.retention
+    horizon = newest - retention
     start = p[_START]
     end = start + p[_LENGTH]
     while start < end and rows[start, _TIME] <= horizon:
@@ -672,7 +683,7 @@ def _insert(rows: Ints, p: Ints, plan: Plan, time: int, event_id: int, values: I
     state = _early_label(rows, p, time, event_id, horizon) if p[_EARLY_LENGTH] else UNKNOWN
     state |= flags << _LABEL_BITS
     at = _behind(rows, start, end, time)
-    if plan.hop and at > start and rows[at - 1, _TIME] == time:
+    if hop and at > start and rows[at - 1, _TIME] == time:
         at -= 1  # into its cell
     else:
         for i in range(end, at - 1, -1):  # the closing row, and behind a late event the later ones
@@ -681,8 +692,8 @@ def _insert(rows: Ints, p: Ints, plan: Plan, time: int, event_id: int, values: I
         rows[at, _ID] = event_id
         rows[at, _STATE] = state
         end += 1
-    for c in range(len(plan.columns)):
-        gain = _gain(plan, c, values, state)
+    for c in range(len(columns)):
+        gain = _gain(columns, c, values, state)
         if gain:
             for i in range(at + 1, end + 1):
                 rows[i, SUMS + c] += gain
@@ -703,7 +714,9 @@ def _label(rows: Ints, p: Ints, plan: Plan, time: int, event_id: int, state: int
             rows[at, _STATE] = after
             for c in range(len(plan.columns)):
                 if plan.columns[c, 0] in (POSITIVE_ROWS, LABELLED_ROWS):
-                    change = _gain(plan, c, rows[at], after) - _gain(plan, c, rows[at], before)
+                    change = _gain(plan.columns, c, rows[at], after) - _gain(
+                        plan.columns, c, rows[at], before
+                    )
                     if change:
                         for i in range(at + 1, end + 1):
                             rows[i, SUMS + c] += change
@@ -789,6 +802,7 @@ def _fold(
 ) -> int:  # fmt: skip
     """Fold records from `done` on. Returns where it stopped: n, or the record that needs more room."""
     edges = np.empty(len(plan.bounds), np.int64)
+    columns, retention, hop = plan.columns, plan.retention, plan.hop
     for i in range(done, len(slots)):
         if slots[i] < 0:
             outcomes[i] = NO_KEY
@@ -800,19 +814,21 @@ def _fold(
                 return i
             outcomes[i] = _label(rows, p, plan, time, ids[i], labels[i])
             continue
-        cell = time // plan.hop * plan.hop if plan.hop else time
-        if p[_NEWEST] != NULL and cell <= p[_NEWEST] - plan.retention:
+        cell = time // hop * hop if hop else time
+        if p[_NEWEST] != NULL and cell <= p[_NEWEST] - retention:
             outcomes[i] = TOO_LATE
-        elif not plan.hop and _known(rows, p, ids[i]):
+        elif not hop and _known(rows, p, ids[i]):
             outcomes[i] = DUPLICATE
             continue
         else:
             if not _room_for_row(rows, heap, p):
                 return i
-            if not plan.hop and not _note(rows, heap, p, ids[i]):
+            if not hop and not _note(rows, heap, p, ids[i]):
                 return i
-            outcomes[i] = _insert(rows, p, plan, cell, ids[i] if not plan.hop else 0, values[i], flags[i])
-        _read(rows, p, plan, time, edges, features[i])
+            outcomes[i] = _insert(
+                rows, p, columns, retention, hop, cell, 0 if hop else ids[i], values[i], flags[i]
+            )
+        _read(rows, p, plan.bounds, plan.ops, plan.decay, time, edges, features[i])
     return len(slots)
 
 
@@ -820,7 +836,7 @@ def _fold(
 def _read_many(rows: Ints, table: Ints, plan: Plan, slots: Ints, times: Ints, features: Floats) -> None:
     edges = np.empty(len(plan.bounds), np.int64)
     for i in range(len(slots)):
-        _read(rows, table[slots[i]], plan, times[i], edges, features[i])
+        _read(rows, table[slots[i]], plan.bounds, plan.ops, plan.decay, times[i], edges, features[i])
 
 
 @jit
@@ -906,7 +922,7 @@ def _unpack(  # noqa: PLR0912 - by part
             at += 1
         rows[i, _STATE] = state
         for c in range(columns):
-            rows[i + 1, SUMS + c] += _gain(plan, c, packed[at : at + plan.values], state)
+            rows[i + 1, SUMS + c] += _gain(plan.columns, c, packed[at : at + plan.values], state)
         at += plan.values
     for i in range(p[_EARLY], p[_EARLY] + early):
         rows[i, _TIME] = packed[at] >> 2
