@@ -452,9 +452,9 @@ def _between(rows: Ints, column: int, newer: int, older: int) -> int:
 
 
 @jit
-def _read(
+def _read(  # noqa: PLR0912 - by kind
     rows: Ints, p: Ints, bounds: Ints, ops: Ints, decay: Ints, time: int, edges: Ints, out: Floats
-) -> None:  # noqa: PLR0912 - by kind
+) -> None:
     """The features of one profile at a time. edges: scratch, as long as bounds."""
     start = p[_START]
     edge = start + p[_LENGTH]
