@@ -86,7 +86,7 @@ def test_labels_have_three_states(cards: Pipeline, tmp_path: Path) -> None:
     assert file.history.labels.tolist() == [POSITIVE, UNKNOWN, NEGATIVE]
     without = history.read(written(tmp_path, payments([(0, 1, 1, 1.0, 1)], TX_FRAUD=None)), cards)
     assert without.history.labels is None
-    assert vectors_of(cards, without.history).shape == (1, 15)
+    assert vectors_of(cards, without.history).shape == (1, 16)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_training_reads_what_was_computed_under_the_same_definition(cards: Pipel
     assert pq.read_table(target).column_names == ["TRANSACTION_ID", "TX_DATETIME", *cards.vector, "TX_FRAUD"]
     training = history.read_training(target, cards)
     assert training.labels.tolist() == [0, 1, 0, 1, 0, 1]  # those without a label are left out
-    assert training.vectors.shape == (6, 15)
+    assert training.vectors.shape == (6, 16)
     early = history.read_training(target, cards, history.instant("2018-04-05"))
     assert (early.times < history.instant("2018-04-05")).all()
     assert early.labels.tolist() == [0, 1, 0]
