@@ -147,7 +147,8 @@ def check(
 
     from app import check as checks
     from app.local import services
-    from models.pipeline import PipelineError, load
+    from models.pipeline import load
+    from models.specs import PipelineError
 
     logging.getLogger("aiokafka").setLevel(
         logging.CRITICAL

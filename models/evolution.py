@@ -12,15 +12,8 @@ from typing import Any, Literal
 import msgspec
 
 from models.fields import Field
-from models.pipeline import (
-    EntitySpec,
-    FeatureSpec,
-    FieldSpec,
-    Pipeline,
-    StreamSpec,
-    milliseconds,
-    used_fields,
-)
+from models.pipeline import Pipeline, used_fields
+from models.specs import EntitySpec, FeatureSpec, FieldSpec, StreamSpec, milliseconds
 
 Level = Literal["safe", "rebuild", "breaks"]
 

@@ -10,148 +10,41 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import yaml
 
 from models import aggregates, expressions, own_functions, windows
 from models.errors import HeadraceError
+from models.features import Features, sentence
 from models.fields import Field
+from models.specs import (
+    LONGEST_MS,
+    NAME,
+    EntitySpec,
+    FeatureSpec,
+    FieldSpec,
+    FunctionSpec,
+    LabelsSpec,
+    ModelSpec,
+    PipelineError,
+    PipelineSpec,
+    StreamSpec,
+    milliseconds,
+)  # fmt: skip
 
 # Raised when the meaning of an aggregate or the layout of a profile changes: every definition hash
 # changes with it, so no store, vector or model of another meaning is ever read.
 MEANING = 2
 
-MOST_OF_A_LIST = 100
-MOST_FILTERS = 48  # each is a bit of a row's state
-
-_UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-LONGEST_MS = 4000 * _UNITS_MS["d"]
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,200}")
 _MOST_VALUES = 1000  # of a category: more of them are a key or an id
 _T = TypeVar("_T")
-
-
-class PipelineError(HeadraceError):
-    """`file:line: field: what is wrong; what to write instead`."""
-
-    exit_code = 2
-
-
-# --- what a file holds -------------------------------------------------------------------------
-
-
-class FieldSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A field of a stream. `scale`: of a decimal. `unit`: of a timestamp. `values`: of a category."""
-
-    type: Literal["int", "float", "decimal", "string", "timestamp", "category"]
-    scale: int = 0
-    values: list[str] = []
-    unit: Literal["s", "ms", "us", "iso"] = "ms"
-    optional: bool = False
-
-
-class StreamSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A topic of JSON events. `id` and `time` name the fields that identify and date an event."""
-
-    id: str
-    time: str
-    fields: dict[str, Any]
-    topic: str | None = None
-
-
-class LabelsSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The stream of labels. A label carries the event's id, time and entity keys under the stream's names.
-
-    `field` holds 0, 1 or null (unknown again); `known` is the field with the time at which it became
-    known, in the unit of the event time.
-    """
-
-    field: str
-    known: str
-    topic: str | None = None
-
-
-class FeatureSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """An aggregate over (t - delay - window, t - delay].
-
-    `of`: the field. `window`: a duration, or `lifetime`. `where`: only events of which this expression holds.
-    `by`: a field and some of its values: a feature for each, named NAME_value. `k`: how many, of last_k and
-    most_frequent: features NAME_1 to NAME_k. `quantile`: 0.5 for the median. `half_life`: of a decayed aggregate,
-    whose window is 24 of them. `per`: what a rate is per.
-    """
-
-    aggregate: Literal[
-        "count", "sum", "mean", "variance", "stddev", "rate", "share", "positives", "coverage", "first", "last",
-        "last_k", "min", "max", "since_last", "distinct", "quantile", "most_frequent", "decayed_count", "decayed_sum",
-    ]  # fmt: skip
-    window: str | None = None
-    of: str | None = None
-    delay: str = "0s"
-    where: str | None = None
-    by: dict[str, list[int | str]] | None = None
-    k: int | None = None
-    quantile: float | None = None
-    half_life: str | None = None
-    per: str | None = None
-
-
-class EntitySpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """What features are about. `key`: the field that names it; null gives no update and NaN features.
-
-    `hop`: for keys with very many events: those of a cell of this length are kept as one row, and windows begin and
-    end with cells.
-    """
-
-    key: str
-    features: dict[str, Any]
-    hop: str | None = None
-
-
-class FunctionSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A transform by a Python function, `package.module:name`, of these inputs (models.own_functions)."""
-
-    function: str
-    inputs: list[str]
-
-
-class ModelSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Gradient-boosted trees, and the decisions by score.
-
-    `decisions`: name to the share of training events that score at or above its threshold; the
-    decision of an event is the rarest whose threshold it reaches, `otherwise` if none.
-    """
-
-    decisions: dict[str, float]
-    otherwise: str = "pass"
-    trees: int = 100
-    depth: int = 4
-    learning_rate: float = 0.1
-    seed: int = 0
-    test_days: int = 14
-
-
-class PipelineSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One pipeline file."""
-
-    name: str
-    streams: dict[str, Any]
-    entities: dict[str, Any]
-    vector: list[str]
-    model: ModelSpec
-    labels: LabelsSpec | None = None
-    transforms: dict[str, Any] = {}
-    lateness: str = "1h"
-    predictions_carry_features: bool = True
-
-
-# --- what it is compiled to --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -276,7 +169,7 @@ def parse(text: str, file: str = "<pipeline>", alias: str | None = None) -> Pipe
 
     >>> parse("name: x", "x.yaml")
     Traceback (most recent call last):
-    models.pipeline.PipelineError: x.yaml:1: $: Object missing required field `streams`; ...
+    models.specs.PipelineError: x.yaml:1: $: Object missing required field `streams`; ...
     """
     return _Compiler(text, file).compile(alias)
 
@@ -372,7 +265,7 @@ class _Compiler:
         transforms = self.transforms(spec, stream, entities)
         self.vector(spec, stream, transforms, entities)
         transforms = _needed(transforms, spec.vector)
-        self.compares(stream, (name for t in transforms.values() for name in t.uses))
+        self.compares((name for t in transforms.values() for name in t.uses), stream.fields)
         stream = replace(
             stream, fields={n: replace(f, hashed=n in self.hashed) for n, f in stream.fields.items()}
         )
@@ -413,7 +306,7 @@ class _Compiler:
         fields = {}
         for field_name, value in stream.fields.items():
             where = (*at, "fields", field_name)
-            if not _NAME.fullmatch(field_name):
+            if not NAME.fullmatch(field_name):
                 raise self.fail(where, "a field's name has letters, digits and '_'.")
             given = self.convert({"type": value} if isinstance(value, str) else value, FieldSpec, *where)
             fields[field_name] = self.field(given, field_name, where)
@@ -454,16 +347,16 @@ class _Compiler:
             if value in given.values[:i]:
                 raise self.fail((*at, i), f"{value!r} stands twice; each value has one code.")
 
-    def compares(self, stream: Stream, names: Iterable[str]) -> None:
+    def compares(self, names: Iterable[str], fields: Mapping[str, Field]) -> None:
         """Give the strings among these names a column of the block."""
-        self.hashed |= {n for n in names if n in stream.fields and stream.fields[n].type == "string"}
+        self.hashed |= {n for n in names if n in fields and fields[n].type == "string"}
 
     def labels(self, spec: PipelineSpec, stream: Stream) -> Labels | None:
         if spec.labels is None:
             return None
         for role in ("field", "known"):
             name = getattr(spec.labels, role)
-            if not _NAME.fullmatch(name):
+            if not NAME.fullmatch(name):
                 raise self.fail(("labels", role), "a field's name has letters, digits and '_'.")
             if name in stream.fields:
                 raise self.fail(
@@ -514,7 +407,7 @@ class _Compiler:
                     inputs = [expressions.find(n, known) for n in one.inputs]
                     compiled[name] = own_functions.load(one.function, inputs)
             except expressions.ExpressionError as error:
-                raise self.fail(("transforms", name), _sentence(error)) from None
+                raise self.fail(("transforms", name), sentence(error)) from None
             known[name] = Field(name, "float")
         return compiled
 
@@ -572,7 +465,7 @@ class _Compiler:
                 "one without a hop before it."
             )  # fmt: skip
             raise self.fail((*at, "hop"), problem)
-        features = _Features(self, spec, stream, first, hop)
+        features = Features(self, stream.fields, spec.labels, first, hop)
         for feature_name, data in entity.features.items():
             where = (*at, "features", feature_name)
             self.new_name(feature_name, stream, where)
@@ -619,12 +512,12 @@ class _Compiler:
                 raise self.fail(("model", bound), "it must be above 0.")
 
     def new_name(self, name: str, stream: Stream, at: tuple[Any, ...]) -> None:
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise self.fail(at, "a feature's name has letters, digits and '_'.")
         if name in stream.fields:
             raise self.fail(at, "a field of the stream has this name; rename the feature.")
 
-    def known_field(self, name: str, fields: dict[str, Field], at: tuple[Any, ...]) -> None:
+    def known_field(self, name: str, fields: Mapping[str, Field], at: tuple[Any, ...]) -> None:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(fields)}."
@@ -638,193 +531,6 @@ class _Compiler:
         if duration > LONGEST_MS:
             raise self.fail(at, f"{text!r} is longer than 4000 days.")
         return duration
-
-
-def milliseconds(text: str) -> int | None:
-    """Milliseconds of '90s', '1h', '7d'; None for what is no duration."""
-    match = re.fullmatch(r"(\d+)(ms|s|m|h|d)", text)
-    return int(match[1]) * _UNITS_MS[match[2]] if match else None
-
-
-class _Features:
-    """Compiles the features of one entity, one after the other."""
-
-    def __init__(
-        self, compiler: _Compiler, spec: PipelineSpec, stream: Stream, first: bool, hop: int
-    ) -> None:
-        self._compiler, self._spec, self._stream = compiler, spec, stream
-        self._first, self._hop = first, hop  # whether the entity's log is the stream itself; ms, 0 without
-        self.names: list[str] = []
-        self.values: list[str] = []
-        self.filters: dict[str, expressions.Expression] = {}
-        self.aggregates: list[aggregates.Aggregate] = []
-
-    def add(self, name: str, feature: FeatureSpec, at: tuple[Any, ...]) -> list[str]:
-        """The names of the features that it gives."""
-        kind = aggregates.KINDS[feature.aggregate]
-        number = self._number(feature, kind, at)
-        window = self._window(feature, kind, number, at)
-        delay = self._compiler.duration(feature.delay, *at, "delay")
-        if self._hop and kind not in aggregates.IN_CELLS:
-            known = ", ".join(n for n, k in aggregates.KINDS.items() if k in aggregates.IN_CELLS)
-            raise self._fail(
-                (*at, "aggregate"),
-                f"cells do not tell the {feature.aggregate}; with a hop there are {known}.",
-            )
-        value, divisor = self._value(feature, kind, delay, at)
-        names = []
-        for suffix, condition in self._conditions(feature, at):
-            chosen = None if condition is None else self._filter(condition, at)
-            one = aggregates.Aggregate(kind, window, delay, value, divisor, number, chosen)
-            self.aggregates.append(one)
-            each = f"{name}{suffix}"
-            names += [each] if kind not in aggregates.LISTS else [f"{each}_{i + 1}" for i in range(one.width)]
-        self.names += names
-        return names
-
-    def _fail(self, at: tuple[Any, ...], problem: str) -> PipelineError:
-        return self._compiler.fail(at, problem)
-
-    def _number(self, feature: FeatureSpec, kind: int, at: tuple[Any, ...]) -> int:
-        """What the kind takes besides: see Aggregate.number."""
-        takes = {
-            "k": kind in aggregates.LISTS, "quantile": kind == windows.QUANTILE,
-            "half_life": kind in aggregates.DECAYED, "per": kind == windows.RATE,
-        }  # fmt: skip
-        for parameter, taken in takes.items():
-            given = getattr(feature, parameter)
-            if given is not None and not taken:
-                raise self._fail((*at, parameter), f"{feature.aggregate} takes no {parameter}; drop it.")
-            if given is None and taken and parameter != "per":
-                example = {"k": "k: 3", "quantile": "quantile: 0.5", "half_life": "half_life: 1h"}[parameter]
-                raise self._fail(at, f"{feature.aggregate} needs {parameter}; write for instance {example}.")
-        if kind in aggregates.LISTS:
-            if not 1 <= (feature.k or 0) <= MOST_OF_A_LIST:
-                raise self._fail((*at, "k"), f"k is between 1 and {MOST_OF_A_LIST}.")
-            return feature.k or 0
-        if kind == windows.QUANTILE:
-            if not 0 < (feature.quantile or 0) <= 1:
-                raise self._fail((*at, "quantile"), "a quantile is above 0 and at most 1; 0.5 is the median.")
-            return round((feature.quantile or 0) * 1_000_000)
-        parameter = "half_life" if kind in aggregates.DECAYED else "per"
-        given = getattr(feature, parameter) or "1s"
-        duration = self._compiler.duration(given, *at, parameter)
-        if duration <= 0:
-            raise self._fail((*at, parameter), f"{parameter} is longer than 0; write 1s, 1h or the like.")
-        if kind in aggregates.DECAYED and duration * windows.HALVINGS > LONGEST_MS:
-            raise self._fail(
-                (*at, parameter), f"{windows.HALVINGS} of them are longer than 4000 days; write less."
-            )
-        return duration
-
-    def _window(self, feature: FeatureSpec, kind: int, number: int, at: tuple[Any, ...]) -> int | None:
-        if kind in aggregates.DECAYED:
-            if feature.window is not None:
-                raise self._fail(
-                    (*at, "window"), "a decayed aggregate ends after 24 half-lives; drop the window."
-                )
-            return number * windows.HALVINGS
-        if feature.window is None:
-            raise self._fail(
-                at, f"{feature.aggregate} needs a window; write window: 7d, or window: lifetime."
-            )
-        if feature.window == "lifetime":
-            if kind not in aggregates.FOR_LIFE:
-                known = ", ".join(n for n, k in aggregates.KINDS.items() if k in aggregates.FOR_LIFE)
-                raise self._fail(
-                    (*at, "window"), f"{feature.aggregate} has an end; for life there are {known}."
-                )
-            return None
-        window = self._compiler.duration(feature.window, *at, "window")
-        if window <= 0:
-            raise self._fail((*at, "window"), "a window is longer than 0; write 1h, 7d or the like.")
-        if window < self._hop:
-            raise self._fail((*at, "window"), "it is shorter than the entity's hop; make the hop shorter.")
-        return window
-
-    def _value(self, feature: FeatureSpec, kind: int, delay: int, at: tuple[Any, ...]) -> tuple[int, int]:
-        """The value column and its unit."""
-        if kind in aggregates.OF_LABELS:
-            self._of_labels(feature, at, delay)
-            return 0, 1
-        if kind in aggregates.OF_ROWS:
-            if feature.of is not None:
-                raise self._fail(
-                    (*at, "of"), f"{feature.aggregate} is of events and takes no field; drop 'of'."
-                )
-            return 0, 1
-        if feature.of is None:
-            raise self._fail(at, f"{feature.aggregate} needs a field; write of: FIELD.")
-        self._compiler.known_field(feature.of, self._stream.fields, (*at, "of"))
-        field = self._stream.fields[feature.of]
-        if field.type not in ("int", "decimal") and not (kind == windows.DISTINCT and field.textual):
-            raise self._fail(
-                (*at, "of"),
-                f"{feature.of} is a {field.type}; aggregates are exact on integers only: declare it as int, or as "
-                "{type: decimal, scale: 2}.",
-            )
-        self._compiler.compares(self._stream, [feature.of])
-        if feature.of not in self.values:
-            self.values.append(feature.of)
-        return self.values.index(feature.of), field.divisor
-
-    def _of_labels(self, feature: FeatureSpec, at: tuple[Any, ...], delay: int) -> None:
-        labels, what = self._spec.labels, feature.aggregate
-        if labels is None:
-            raise self._fail(at, f"a {what} needs labels; add 'labels:' with field and known.")
-        if feature.of != labels.field:
-            raise self._fail((*at, "of"), f"a {what} is of the label; write of: {labels.field}.")
-        if self._first:
-            raise self._fail(
-                at,
-                "the first entity's log is the stream itself, which carries no labels; put an entity without "
-                "label features first.",
-            )
-        if delay <= 0:
-            raise self._fail(
-                (*at, "delay"), "no label is known at its event; write the delay by which it is, delay: 7d."
-            )
-
-    def _conditions(self, feature: FeatureSpec, at: tuple[Any, ...]) -> list[tuple[str, str | None]]:
-        """For each feature what its name ends in, and which events it is of."""
-        if feature.by is None:
-            return [("", feature.where)]
-        if len(feature.by) != 1:
-            raise self._fail(
-                (*at, "by"), "it names one field, with a list of its values; write by: {FIELD: [1, 2]}."
-            )
-        ((field, values),) = feature.by.items()
-        self._compiler.known_field(field, self._stream.fields, (*at, "by"))
-        if not values or len(set(values)) < len(values):
-            raise self._fail((*at, "by", field), "name at least one value, and each once.")
-        both = "" if feature.where is None else f"({feature.where}) and "
-        found: list[tuple[str, str | None]] = [
-            (f"_{value}", f"{both}{field} == {value!r}") for value in values
-        ]
-        for suffix, _ in found:
-            if not _NAME.fullmatch(suffix):
-                raise self._fail(
-                    (*at, "by", field),
-                    f"{suffix[1:]!r} does not go into a name; write a feature with where: for it.",
-                )
-        return found
-
-    def _filter(self, text: str, at: tuple[Any, ...]) -> int:
-        """The number of the filter: those that say the same are one."""
-        try:
-            found = expressions.parse(text, self._stream.fields)
-        except expressions.ExpressionError as error:
-            raise self._fail((*at, "where"), _sentence(error)) from None
-        self._compiler.compares(self._stream, found.uses)
-        self.filters.setdefault(found.text, found)
-        if len(self.filters) > MOST_FILTERS:
-            raise self._fail((*at, "where"), f"an entity has {MOST_FILTERS} filters at most; share some.")
-        return list(self.filters).index(found.text)
-
-
-def _sentence(error: Exception) -> str:
-    text = str(error)
-    return text if text.endswith("?") else f"{text}."
 
 
 def _named(transform: str | FunctionSpec) -> list[str]:

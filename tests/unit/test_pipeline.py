@@ -14,7 +14,7 @@ import yaml
 
 from models import pipeline
 from models.errors import HeadraceError
-from models.pipeline import PipelineError
+from models.specs import PipelineError
 from tests.fixtures.pipelines import FOLDER, SHIPPED, SHOP, edited, shop
 
 DAY = 86_400_000
