@@ -110,7 +110,7 @@ def worker_metrics() -> dict[str, set[str]]:
         partitions=SimpleNamespace(committable={TP("log", 0): 1}, held={TP("log", 0)}, rebalances=1),
         model=SimpleNamespace(card=SimpleNamespace(pipeline="", version="", definition="")),
         score=SimpleNamespace(predicted=0),
-        route=SimpleNamespace(routed=0),
+        routes={"labels": SimpleNamespace(routed=0)},
         dead_letters=0,
         mirror=SimpleNamespace(written=0, failing=None, rebuilding=0),
         checkpoint=SimpleNamespace(
