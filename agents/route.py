@@ -17,7 +17,7 @@ from agents.outbox import Outbox
 from models.events import EventDecoder, Key, LabelBatch, LabelDecoder, Reason, Reject, key_bytes
 from models.partitions import partitions_of
 from models.pipeline import Labels, Pipeline, Reversals
-from models.records import NEVER, RecordCodec, chain
+from models.records import NEVER, RecordCodec, chain, in_step
 from models.streams import Stream
 from models.windows import Ints
 from tables.profiles import Polled, Record
@@ -72,7 +72,7 @@ class Route:
         records = [record for _, found in held for record in found]
         offsets = np.array([r.offset for r in records], np.int64)
         routed, kept, rejects = self._taken.take(
-            [r.value or b"" for r in records], np.array([r.timestamp for r in records], np.int64)
+            [r.value or b"" for r in records], np.array([r.timestamp for r in records], np.int64), origins
         )
         for bad in rejects:
             self._reject(self.topic, int(origins[bad.index]), records[bad.index], bad.reason)
@@ -95,8 +95,10 @@ class _Taker:
 
     logs: list[str]
 
-    def take(self, values: list[bytes], sent: Ints) -> tuple[list[_Routed], Ints, list[Reject]]:
-        """Records by log, which of these values are good, and the rest. sent: (n,) ms."""
+    def take(
+        self, values: list[bytes], sent: Ints, partitions: Ints
+    ) -> tuple[list[_Routed], Ints, list[Reject]]:
+        """Records by log, which of these values are good, and the rest. sent: (n,) ms; partitions: (n,) in runs."""
         raise NotImplementedError
 
 
@@ -109,8 +111,12 @@ class Events(_Taker):
         self._codec = RecordCodec(pipeline, 0)
         self._writer = self._codec.writers.index(stream.topic)
 
-    def take(self, values: list[bytes], sent: Ints) -> tuple[list[_Routed], Ints, list[Reject]]:
-        batch, kept, rejects = self._decode(values, sent)
+    def take(
+        self, values: list[bytes], sent: Ints, partitions: Ints
+    ) -> tuple[list[_Routed], Ints, list[Reject]]:
+        found, kept, rejects = self._decode(values, sent)
+        order = in_step(partitions[kept], found.clocks)
+        batch, kept = (found, kept) if order is None else (found.take(order), kept[order])
 
         def encode(origins: Ints, offsets: Ints, previous: Ints) -> list[bytes]:
             intact = np.zeros(len(batch), np.bool_)
@@ -130,7 +136,9 @@ class Said(_Taker):
         self.logs = [entity.log for entity, _ in self._to]
         self._topic = said.topic
 
-    def take(self, values: list[bytes], sent: Ints) -> tuple[list[_Routed], Ints, list[Reject]]:
+    def take(
+        self, values: list[bytes], sent: Ints, partitions: Ints
+    ) -> tuple[list[_Routed], Ints, list[Reject]]:
         labels, kept, rejects = self._decode(values)
         routed = [self._routed(entity.name, entity.log, codec, labels) for entity, codec in self._to]
         return routed, kept, rejects
