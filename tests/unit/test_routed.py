@@ -1,0 +1,304 @@
+"""A routed pipeline is as exact: two streams and labels in one log, through crashes, zombies and hand-overs.
+
+As tests/unit/test_exactness.py; the judge folds the logs as they are, each in one piece.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+from faust.types import TP
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agents.route import Route
+from app.verify import Intake, same
+from app.worker import Worker
+from models.events import Batch, EventDecoder, LabelDecoder, key_bytes, streams_of
+from models.fields import joined
+from models.filters import Filters
+from models.history import fold_entity
+from models.pipeline import parse
+from models.predictions import decode, identity
+from models.records import writers
+from models.vectors import Vectors
+from models.windows import DUPLICATE, EVENT, Floats
+from tests.fixtures.exactness import DAY, HOUR, compared
+from tests.fixtures.logs import order
+from tests.fixtures.pipelines import SHOP, edited
+from tests.fixtures.simulation import PARTITIONS, Broker, Died, World, simulated
+from tests.unit.test_exactness import _BAD, _FATE, _WORK, ALL, LOST, OLD, Step, arrived
+
+LOGINS = """\
+  logins:
+    id: LOGIN
+    time: AT
+    scored: true
+    fields: {LOGIN: string, AT: {type: timestamp, unit: ms}, CUSTOMER: int, DEVICE: string}
+labels:
+"""
+ROUTED = parse(
+    edited(
+        edited(
+            edited(SHOP, "labels:\n", LOGINS),
+            "      CUSTOMER_NB: {aggregate: count, window: 1d}\n",
+            "      CUSTOMER_NB: {from: orders, aggregate: count, window: 1d}\n"
+            "      CUSTOMER_DEVICES: {from: logins, aggregate: distinct, of: DEVICE, window: 7d}\n"
+            "      CUSTOMER_RISK: {aggregate: share, of: RETURNED, window: 2d, delay: 1d}\n",
+        ),
+        "key: SHOP",
+        "key: [CUSTOMER, SHOP]",
+    ).replace("vector: [", "vector: [stream, CUSTOMER_DEVICES, CUSTOMER_RISK, ")
+)
+START = 1_599_000_000_000
+CUSTOMERS = range(4)
+KEYS = [
+    [str(c).encode() for c in CUSTOMERS],
+    [key_bytes(joined([c, name]) or "") for c in CUSTOMERS for name in ("a", "b", "b|c")],
+]
+
+
+def bought(id: int, customer: int, name: str | None, hours: int, partition: int) -> Step:
+    value = order(id, CUSTOMER=customer, SHOP=name, AT=START + hours * HOUR, AMOUNT=id / 4, ITEMS=hours % 3)
+    return "publish", ROUTED.streams[0].topic, partition, value
+
+
+def logged(id: int, customer: int, device: int, hours: int, partition: int) -> Step:
+    body = {"LOGIN": str(id), "AT": START + hours * HOUR, "CUSTOMER": customer, "DEVICE": f"d{device}"}
+    return "publish", ROUTED.streams[1].topic, partition, json.dumps(body).encode()
+
+
+def labelled(id: int, customer: int, name: str | None, hours: int, state: int | None, partition: int) -> Step:
+    at = START + hours * HOUR
+    body = {"ID": id, "AT": at, "CUSTOMER": customer, "SHOP": name, "RETURNED": state, "KNOWN": at + DAY}
+    return "publish", ROUTED.said[0].topic, partition, json.dumps(body).encode()
+
+
+# --- the judge -----------------------------------------------------------------------------------
+
+
+def findings(broker: Broker) -> list[str]:
+    """What was lost, doubled, or differs; nothing where all is as the logs say."""
+    found: list[str] = []
+    wanted = [_published(broker, n) for n in range(len(ROUTED.entities))]
+    carried: Floats = np.empty((0, 0))
+    for number, entity in enumerate(ROUTED.entities):
+        batch, places = _taken(broker, number)
+        assert batch.sources is not None and batch.offsets is not None
+        there = Counter(zip(batch.sources.tolist(), batch.offsets.tolist(), strict=True))
+        found += [f"lost on the way to {entity.log}: {at}" for at in sorted(wanted[number] - set(there))]
+        found += [f"for nothing in {entity.log}: {at}" for at in sorted(set(there) - wanted[number])]
+        found += [f"doubled on the way to {entity.log}: {at}" for at, n in there.items() if n > 1]
+        features, outcomes = _folded(number, batch)
+        events = (batch.kinds == EVENT) & (outcomes != DUPLICATE)
+        carried = np.hstack([batch.features, features])
+        if number + 1 < len(ROUTED.entities):
+            sources = places[:, 0] * len(writers(ROUTED, number + 1))
+            wanted[number + 1] |= set(zip(sources[events].tolist(), places[events, 1].tolist(), strict=True))
+    vectors = dict(
+        zip(
+            map(tuple, places[events].tolist()),
+            Vectors(ROUTED).of(batch.fields, carried)[events],
+            strict=True,
+        )
+    )
+    ids = dict(zip(map(tuple, places[events].tolist()), batch.ids[events].tolist(), strict=True))
+    out: Counter[Any] = Counter()
+    for p in range(PARTITIONS):
+        for record in broker.logs[TP(ROUTED.predictions, p)]:
+            prediction = decode(record.value or b"")
+            at = p, prediction.origin.offset
+            out[at] += 1
+            served = np.array([prediction.features[n] for n in ROUTED.vector], np.float64)
+            if (
+                at not in vectors
+                or not same(served, vectors[at]).all()
+                or identity(ROUTED, prediction) != ids[at]
+            ):
+                found.append(f"differing: the prediction of {at}")
+    found += [f"lost: the prediction of {at}" for at in vectors.keys() - out.keys()]
+    return found + [f"doubled: the prediction of {at}" for at, n in out.items() if n > 1]
+
+
+def _published(broker: Broker, number: int) -> set[tuple[int, int]]:
+    """Source and offset of what routers must have written into a stage's log."""
+    found, topics = set(), writers(ROUTED, number)
+    decoders: dict[str, Any] = (
+        {s.topic: EventDecoder(ROUTED, s) for s in ROUTED.streams} if number == 0 else {}
+    )
+    (labels,) = ROUTED.said
+    keys = LabelDecoder(ROUTED, labels)
+    for writer, topic in enumerate(topics):
+        for p in range(PARTITIONS):
+            for record in broker.logs[TP(topic, p)]:
+                value = record.value or b""
+                if topic == labels.topic:
+                    batch, _, bad = keys.decode([value])
+                    good = not bad and batch.keys[ROUTED.entities[number].name][0] is not None
+                else:
+                    good = (
+                        topic in decoders
+                        and not decoders[topic].decode([value], np.array([record.timestamp]))[2]
+                    )
+                if good:
+                    found.add((p * len(topics) + writer, record.offset))
+    return found
+
+
+def _taken(broker: Broker, number: int) -> tuple[Batch, Any]:
+    """A stage's log without what was sent again, and the partition and offset of each record."""
+    log = ROUTED.entities[number].log
+    records = [(p, r) for p in range(PARTITIONS) for r in broker.logs[TP(log, p)]]
+    stamped = [_Stamped(p, r) for p, r in records]
+    batch, kept = Intake(ROUTED, number, PARTITIONS).take(stamped)
+    places = np.array([(p, r.offset) for p, r in records], np.int64).reshape(-1, 2)
+    return batch, places[kept]
+
+
+class _Stamped:
+    def __init__(self, partition: int, record: Any) -> None:
+        self.partition, self.value, self.key = partition, record.value, record.key
+
+
+def _folded(number: int, batch: Batch) -> tuple[Floats, Any]:
+    entity, names = ROUTED.entities[number], [f.name for f in ROUTED.columns]
+    codes: dict[Any, int] = {None: -1}
+    slots = np.array([codes.setdefault(k, len(codes) - 1) for k in batch.keys], np.int64)
+    values = np.ascontiguousarray(
+        batch.fields[:, np.array([names.index(v) for v in entity.values], np.int64)]
+    )
+    flags = Filters(entity, ROUTED.columns).of(batch.fields)
+    return fold_entity(entity, slots, batch.kinds, batch.times, batch.ids, values, batch.labels, flags)
+
+
+# --- histories -----------------------------------------------------------------------------------
+
+
+async def outcome(world: World, steps: Sequence[Step]) -> list[str]:
+    await world.run(steps)
+    last = [bought(1000 + p, p, "a", 300, p)[1:] for p in range(PARTITIONS)]
+    last += [logged(1000 + p, 3 - p, 1, 300, p)[1:] for p in range(PARTITIONS)]
+    await world.rest(last)
+    found = findings(world.broker)
+    unstopped = world.unstopped()
+    found += compared("in the last owner's store", world.stored(KEYS), unstopped)
+    out = [len(log) for log in world.predictions]
+    await world.again_from_nothing(9)
+    if [len(log) for log in world.predictions] != out:
+        found.append("doubled: what was predicted is predicted again from nothing")
+    return found + compared("of a worker that began with nothing", world.stored(KEYS), unstopped)
+
+
+def lived(root: Path, steps: Sequence[Step]) -> list[str]:
+    with simulated(root, False, ROUTED) as world:
+        try:
+            return asyncio.run(outcome(world, steps))
+        except Died as died:
+            return [f"died: {died.__cause__ or died}"]
+
+
+_SHOPS = st.sampled_from(["a", "b|c", None])
+_EVENT = st.tuples(
+    st.booleans(),
+    st.integers(0, 9),
+    st.sampled_from(CUSTOMERS),
+    _SHOPS,
+    st.integers(0, 60),
+    st.integers(0, 1),
+)
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[Step]:
+    """Orders and logins under any record key, with ids of each other; labels; twice, late and early."""
+    specs = draw(st.lists(_EVENT, min_size=6, max_size=14))
+    events = [
+        logged(id, c, id % 3, hours, p) if login else bought(id, c, name, hours, p)
+        for login, id, c, name, hours, p in specs
+    ]
+    labels = [
+        labelled(id, c, name, hours, state, p)
+        for login, id, c, name, hours, p in specs
+        for state in (1, 0, None)
+        if not login
+    ]
+    bad = st.tuples(st.just("publish"), st.sampled_from(ROUTED.inputs), st.just(1), st.sampled_from(_BAD[:3]))
+    some = st.sampled_from(events)
+    publish = st.lists(st.one_of(some, some, some, *map(st.just, labels[:6]), bad), min_size=1, max_size=8)
+    hole = st.tuples(st.just("hole"), st.integers(0, PARTITIONS - 1), st.just(ROUTED.entities[1].log))
+    fate = _FATE.filter(lambda step: step[0] != "hole")
+    steps: list[Step] = [("start", 0, OLD)]
+    for _ in range(draw(st.integers(1, 4))):
+        steps += [
+            *draw(publish),
+            *draw(st.lists(_WORK, min_size=1, max_size=10)),
+            *draw(st.lists(st.one_of(fate, fate, fate, hole), min_size=1, max_size=2)),
+        ]
+    return steps
+
+
+@given(histories())
+def test_every_history(steps: list[Step]) -> None:
+    with TemporaryDirectory() as root:
+        assert lived(Path(root), steps) == []
+
+
+EVENTS = [
+    step
+    for i in range(8)
+    for step in (bought(i, i % 4, "ab"[i % 2], i, i % 2), logged(i, i % 4, i, i, (i + 1) % 2))
+]
+
+
+def _done_when_read(route: Route, committed: Callable[[int, int], None]) -> Callable[[Any], None]:
+    handle = route.handle
+
+    def hasty(polled: Any) -> None:
+        handle(polled)
+        for partition, position in route.positions.items():
+            committed(partition, position)
+
+    return hasty
+
+
+def test_the_router_s_position_waits_for_what_it_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router that counts as done what it has only read loses events in a crash; this one does not."""
+    steps = [
+        ("start", 0, OLD), *EVENTS, ("poll", 0, 100, ALL, True), ("flush", 0), ("commit", 0),
+        ("crash", 0, 9, [LOST], OLD),
+    ]  # fmt: skip
+    assert lived(tmp_path / "with", steps) == []
+    wire = Worker.wire
+
+    def hasty(self: Worker) -> None:
+        wire(self)
+        for topic, route in self.routes.items():
+            route.handle = _done_when_read(route, partial(self.partitions.committed, topic))  # type: ignore[method-assign]
+
+    monkeypatch.setattr(Worker, "wire", hasty)
+    assert any(f.startswith("lost on the way") for f in lived(tmp_path / "without", steps))
+
+
+def test_what_a_router_sends_again_is_dropped(tmp_path: Path) -> None:
+    steps = [
+        ("start", 0, OLD), *EVENTS, ("poll", 0, 100, ALL, True), *arrived(0), ("poll", 0, 100, ALL, True),
+        *arrived(0), ("crash", 0, 0, [LOST], OLD), *EVENTS, ("progress",),
+    ]  # fmt: skip
+    assert lived(tmp_path, steps) == []
+    with simulated(tmp_path / "seen", False, ROUTED) as world:
+        asyncio.run(outcome(world, steps))
+        batch, _ = _taken(world.broker, 0)
+        records = sum(len(world.broker.logs[TP(ROUTED.entities[0].log, p)]) for p in range(PARTITIONS))
+        assert records > len(batch)  # some came twice
+        assert set(streams_of(ROUTED, batch).tolist()) == {0, 1}
