@@ -27,7 +27,7 @@ from models.history import arena_for
 from models.partitions import partition_of, partitions_of
 from models.pipeline import Entity, Pipeline
 from models.records import keys_of
-from models.windows import DUPLICATE, EVENT, FOLDED, LATE, OUTCOMES, Arena, Bytes, Ints
+from models.windows import CANCELLED, DUPLICATE, EVENT, FOLDED, LATE, OUTCOMES, Arena, Bytes, Ints
 
 CHUNK = 10_000  # records of a log that are in memory at a time, but for those of the key
 TAIL = 2000  # records at the end of each partition among which a key that is meant perhaps is looked for
@@ -192,7 +192,7 @@ def _row_of(pipeline: Pipeline, log: KeyLog, outcomes: Bytes, key: str, event: s
     """Which record of the key is the event that was asked for; the newest, and of those the last, if none was."""
     batch = log.batch
     if event is None:
-        rows = np.flatnonzero((batch.kinds == EVENT) & ((outcomes == FOLDED) | (outcomes == LATE)))
+        rows = np.flatnonzero((batch.kinds == EVENT) & np.isin(outcomes, (FOLDED, LATE, CANCELLED)))
         times = batch.times[rows]
         return int(rows[np.flatnonzero(times == times.max())[-1]])
     events = (batch.kinds == EVENT) & (outcomes != DUPLICATE)

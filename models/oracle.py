@@ -35,7 +35,8 @@ class Profile:
     retention: int
     hop: int = 0
     rows: list[Row] = field(default_factory=list)
-    early: dict[tuple[int, int], int] = field(default_factory=dict)
+    early: dict[tuple[int, int], int] = field(default_factory=dict)  # labels and reversals that wait
+    reversed: list[tuple[int, int]] = field(default_factory=list)  # (time, id) of events that were taken out
     newest: int | None = None
     ever: list[Row] = field(default_factory=list)  # of every event that was folded, for what counts for life
 
@@ -44,27 +45,48 @@ class Profile:
         at = time // self.hop * self.hop if self.hop else time
         if self._forgotten(at):
             return w.TOO_LATE, self.read(time)
-        if not self.hop and any(row.id == id for row in self.rows):
+        if not self.hop and id in [*(row.id for row in self.rows), *(gone for _, gone in self.reversed)]:
             return w.DUPLICATE, [math.nan] * sum(a.width for a in self.aggregates)
         late = self.newest is not None and at < self.newest
         self.newest = at if self.newest is None else max(self.newest, at)
-        row = Row(at, id, values, self.early.pop((at, id), w.UNKNOWN), flags)
-        self.ever.append(row)
-        self.rows = sorted([*self.rows, row], key=lambda r: r.time)  # stable: equal times keep log order
+        state = self.early.pop((at, id), w.UNKNOWN)
+        if (
+            state == w.REVERSED
+        ):  # as if it had been folded, and taken out at once: its own row is in no window
+            self.reversed.append((at, id))
+        else:
+            row = Row(at, id, values, state, flags)
+            self.ever.append(row)
+            self.rows = sorted([*self.rows, row], key=lambda r: r.time)  # stable: equal times keep log order
         self.rows = [r for r in self.rows if not self._forgotten(r.time)]
         self.early = {k: label for k, label in self.early.items() if not self._forgotten(k[0])}
+        self.reversed = [k for k in self.reversed if not self._forgotten(k[0])]
+        if state == w.REVERSED:
+            return w.CANCELLED, self.read(time)
         return (w.LATE if late else w.FOLDED), self.read(time)
 
     def label(self, time: int, id: int, state: int) -> int:
-        """Set the label of the event (time, id), or let the label wait for it."""
+        """Set the label of the event (time, id), take it out if it is REVERSED, or let that wait for it."""
+        if self.hop and state == w.REVERSED:
+            return w.LABEL_STALE
         for row in self.rows:
             if (row.time, row.id) == (time, id):
+                if state == w.REVERSED:
+                    return self._take_out(row)
                 row.label = state
                 return w.LABELLED
-        if self._forgotten(time):
+        over = (time, id) in self.reversed or self.early.get((time, id)) == w.REVERSED
+        if over or self._forgotten(time):
             return w.LABEL_STALE
         self.early[time, id] = state
         return w.LABEL_EARLY
+
+    def _take_out(self, row: Row) -> int:
+        """The newest time stays, and what it has made forgotten."""
+        self.rows = [r for r in self.rows if r is not row]
+        self.ever = [r for r in self.ever if r is not row]
+        self.reversed.append((row.time, row.id))
+        return w.TAKEN_OUT
 
     def read(self, time: int) -> list[float]:
         return [value for a in self.aggregates for value in self._values(a, time)]

@@ -15,6 +15,10 @@ Profiles live in one arena of int64 rows, in chunks of powers of two. The row la
 
 Behind the last row stands a closing row that holds the totals, so a chunk of c rows holds c - 1.
 With a hop, all events of a cell are one row, which has no id, and its sums are all that is kept of them.
+
+A reversal takes its event's row out again: what stays is the fold of the history without that event, but for the
+newest time, for what that has made forgotten does not come back. Its id is remembered as long as the row would
+have been, among the labels that wait, so that the event does not count when it comes twice.
 """
 
 from __future__ import annotations
@@ -35,11 +39,15 @@ NULL = np.iinfo(np.int64).min  # a value that is absent, in an int64 column
 
 # Kinds of log records.
 EVENT, LABEL = 0, 1
-# What became of a record. Codes up to LATE are events that changed the profile.
-FOLDED, LATE, TOO_LATE, DUPLICATE, NO_KEY, LABELLED, LABEL_EARLY, LABEL_STALE = range(8)
+# What became of a record. Its row is in the profile after FOLDED and LATE only.
+(
+    FOLDED, LATE, TOO_LATE, DUPLICATE, NO_KEY, LABELLED, LABEL_EARLY, LABEL_STALE, TAKEN_OUT, CANCELLED,
+) = range(10)  # fmt: skip
 OUTCOMES = (
-    "folded", "late", "too_late", "duplicate", "no_key", "labelled", "label_early", "label_stale",
+    "folded", "late", "too_late", "duplicate", "no_key", "labelled", "label_early", "label_stale", "reversed",
+    "cancelled",
 )  # fmt: skip
+# States that a LABEL record gives its event; the last takes it out. A row has one of the others.
 UNKNOWN, NEGATIVE, POSITIVE, REVERSED = range(4)
 
 # Kinds of aggregates: those that are sums, then those that look at the rows of the window.
@@ -76,13 +84,17 @@ _DOUBLE = 4096  # lines up to which they double, some 200 KiB
 _RESERVE = 2**24  # lines for which a large array has addresses from the first, a gigabyte at most
 
 # Columns of the profiles' table: the chunk and its class, the first row in use (it moves up as old
-# rows are forgotten), how many rows, the newest event time; the chunk of labels that wait for events; the
-# chunk of a long profile's index of ids, and how many it has.
+# rows are forgotten), how many rows, the newest event time; the chunk of labels that wait for events, and of
+# what was reversed; the chunk of a long profile's index of ids, and how many it has.
 (
     _CHUNK, _CLASS, _START, _LENGTH, _NEWEST, _EARLY, _EARLY_CLASS, _EARLY_LENGTH, _INDEX, _INDEX_CLASS, _INDEXED,
 ) = range(11)  # fmt: skip
 _EMPTY = (-1, -1, 0, 0, NULL, -1, -1, 0, -1, -1, 0)
 _NONE = -1
+_GONE = (
+    REVERSED | 1 << _LABEL_BITS
+)  # of an event that came and was reversed; a reversal that waits is REVERSED
+_COUNT_BITS = 32  # of how many labels wait, in a packed word; how many events are gone stands above
 _LONG = 256  # rows from which on a profile has an index of its ids; fewer are faster looked through
 
 
@@ -167,7 +179,7 @@ class Arena:
         flags: (n,) int64, bit f where filter f holds.
         Returns features (n, k) float64 as of each event, NaN where there is no value and for labels, and
         outcomes (n,) int8. An event's own row is in its windows; a row of equal time that comes later in the log
-        is not.
+        is not. An event whose reversal came before it has no row, so its windows are those of the other events.
         """
         n = len(slots)
         features = np.full((n, self.plan.width), np.nan)
@@ -219,10 +231,10 @@ class Arena:
     def pack(self, slots: Ints) -> list[bytes]:
         """Each profile as bytes that `unpack` reads back; equal profiles give equal bytes.
 
-        Little-endian int64 words: newest time, number of rows, number of early labels; of each column that is
-        summed for life, what was forgotten; for each row time * 4 + label, id, the filters' bits where there are
-        any, values (NULL where absent); with a hop time and what each column adds; for each early label
-        time * 4 + label and id.
+        Little-endian int64 words: newest time, number of rows, number of early labels plus 2**32 for each
+        reversed event; of each column that is summed for life, what was forgotten; for each row time * 4 + label,
+        id, the filters' bits where there are any, values (NULL where absent); with a hop time and what each column
+        adds; for each early label, then for each reversed event, time * 4 + label and id.
         """
         table, plan = self._table[slots], self.plan
         row = 1 + len(plan.columns) if plan.hop else 2 + plan.values + (plan.filters > 0)
@@ -230,7 +242,7 @@ class Arena:
         words = 3 + lives + table[:, _LENGTH] * row + table[:, _EARLY_LENGTH] * 2
         ends = np.cumsum(words)
         packed = np.empty(int(ends[-1]) if len(ends) else 0, np.int64)
-        _pack(self._rows, self._table, self.plan, slots, ends - words, packed)
+        _pack(self._rows, self._table, self.plan, slots, ends, words, packed)
         view = packed.astype("<i8", copy=False).tobytes()
         edges = [0, *(ends * 8).tolist()]
         return [view[a:b] for a, b in pairwise(edges)]
@@ -397,7 +409,7 @@ def _room_for_row(rows: Ints, heap: Ints, p: Ints) -> bool:
 
 @jit
 def _room_for_early(rows: Ints, heap: Ints, p: Ints) -> bool:
-    """Make room for one more waiting label. False when the arena is full."""
+    """Make room for one more waiting label or reversed event. False when the arena is full."""
     length = p[_EARLY_LENGTH]
     if p[_EARLY] == _NONE:
         chunk = _take(rows, heap, 0)
@@ -632,6 +644,29 @@ def _early_label(rows: Ints, p: Ints, time: int, event_id: int, horizon: int) ->
 
 
 @jit
+def _put_early(rows: Ints, p: Ints, time: int, event_id: int, state: int) -> None:
+    """Let a label wait, or remember what was reversed. There is room for it."""
+    row = p[_EARLY] + p[_EARLY_LENGTH]
+    rows[row, _TIME] = time
+    rows[row, _ID] = event_id
+    rows[row, _STATE] = state
+    p[_EARLY_LENGTH] += 1
+
+
+@jit
+def _met(rows: Ints, p: Ints, time: int, event_id: int) -> int:
+    """What an event that has no row meets: DUPLICATE if it was reversed, CANCELLED if its reversal waits for it."""
+    met = FOLDED
+    for row in range(p[_EARLY], p[_EARLY] + p[_EARLY_LENGTH]):
+        if rows[row, _ID] == event_id:
+            if rows[row, _STATE] == _GONE:
+                return DUPLICATE
+            if rows[row, _STATE] == REVERSED and rows[row, _TIME] == time:
+                met = CANCELLED
+    return met
+
+
+@jit
 def _gain(columns: Ints, column: int, values: Ints, state: int) -> int:  # noqa: PLR0911 - by meaning
     """What a row adds to a running column."""
     what, value, of = columns[column, 0], columns[column, 1], columns[column, 2]
@@ -658,6 +693,22 @@ def _gain(columns: Ints, column: int, values: Ints, state: int) -> int:  # noqa:
 
 
 @jit
+def _arrive(rows: Ints, p: Ints, retention: int, time: int, event_id: int) -> int:
+    """Let time pass to an event's, forget what that makes too old, and take the label that waits for the event."""
+    newest = p[_NEWEST]
+    if newest == NULL or time > newest:
+        p[_NEWEST] = newest = time
+    horizon = newest - retention
+    start = p[_START]
+    end = start + p[_LENGTH]
+    while start < end and rows[start, _TIME] <= horizon:
+        start += 1
+    p[_START] = start
+    p[_LENGTH] = end - start
+    return _early_label(rows, p, time, event_id, horizon) if p[_EARLY_LENGTH] else UNKNOWN
+
+
+@jit
 def _insert(
     rows: Ints,
     p: Ints,
@@ -670,18 +721,11 @@ def _insert(
     flags: int,
 ) -> int:
     """Put one event's row in its place. There is room for it. Returns FOLDED or LATE."""
-    newest = p[_NEWEST]
-    late = newest != NULL and time < newest
-    if not late:
-        p[_NEWEST] = newest = time
-    horizon = newest - retention
+    late = p[_NEWEST] != NULL and time < p[_NEWEST]
+    state = _arrive(rows, p, retention, time, event_id)
+    state |= flags << _LABEL_BITS
     start = p[_START]
     end = start + p[_LENGTH]
-    while start < end and rows[start, _TIME] <= horizon:
-        start += 1
-    p[_START] = start
-    state = _early_label(rows, p, time, event_id, horizon) if p[_EARLY_LENGTH] else UNKNOWN
-    state |= flags << _LABEL_BITS
     at = _behind(rows, start, end, time)
     if hop and at > start and rows[at - 1, _TIME] == time:
         at -= 1  # into its cell
@@ -702,13 +746,37 @@ def _insert(
 
 
 @jit
-def _label(rows: Ints, p: Ints, plan: Plan, time: int, event_id: int, state: int) -> int:
-    """Set the label of one event's row, or let it wait for its event. There is room for it."""
+def _take_out(rows: Ints, p: Ints, at: int) -> None:
+    """Take a row out, and what it adds out of the sums behind it. The index keeps its id, as of forgotten rows."""
+    for column in range(SUMS, rows.shape[1]):
+        gain = rows[at + 1, column] - rows[at, column]
+        for i in range(at, p[_START] + p[_LENGTH]):
+            rows[i, column] = rows[i + 1, column] - gain
+    for i in range(at, p[_START] + p[_LENGTH]):
+        for column in range(SUMS):
+            rows[i, column] = rows[i + 1, column]
+    p[_LENGTH] -= 1
+
+
+@jit
+def _label(  # noqa: PLR0911 - by outcome
+    rows: Ints, p: Ints, plan: Plan, time: int, event_id: int, state: int
+) -> int:
+    """Set the label of one event's row, take the row out if it is REVERSED, or let that wait for its event.
+
+    There is room for it. A cell has no ids to find an event by, so nothing is taken out of it.
+    """
+    if plan.hop and state == REVERSED:
+        return LABEL_STALE
     start = p[_START]
     end = start + p[_LENGTH]
     at = _behind(rows, start, end, time) - 1
     while at >= start and rows[at, _TIME] == time:
         if rows[at, _ID] == event_id:
+            if state == REVERSED:
+                _take_out(rows, p, at)
+                _put_early(rows, p, time, event_id, _GONE)
+                return TAKEN_OUT
             before = rows[at, _STATE]
             after = (before >> _LABEL_BITS) << _LABEL_BITS | state
             rows[at, _STATE] = after
@@ -727,13 +795,11 @@ def _label(rows: Ints, p: Ints, plan: Plan, time: int, event_id: int, state: int
     for i in range(p[_EARLY_LENGTH]):
         row = p[_EARLY] + i
         if rows[row, _TIME] == time and rows[row, _ID] == event_id:
+            if rows[row, _STATE] >= REVERSED:
+                return LABEL_STALE  # a reversal is the last word
             rows[row, _STATE] = state
             return LABEL_EARLY
-    row = p[_EARLY] + p[_EARLY_LENGTH]
-    rows[row, _TIME] = time
-    rows[row, _ID] = event_id
-    rows[row, _STATE] = state
-    p[_EARLY_LENGTH] += 1
+    _put_early(rows, p, time, event_id, state)
     return LABEL_EARLY
 
 
@@ -815,11 +881,16 @@ def _fold(
             outcomes[i] = _label(rows, p, plan, time, ids[i], labels[i])
             continue
         cell = time // hop * hop if hop else time
+        met = _met(rows, p, time, ids[i]) if p[_EARLY_LENGTH] and not hop else FOLDED
         if p[_NEWEST] != NULL and cell <= p[_NEWEST] - retention:
             outcomes[i] = TOO_LATE
-        elif not hop and _known(rows, p, ids[i]):
+        elif met == DUPLICATE or (not hop and _known(rows, p, ids[i])):
             outcomes[i] = DUPLICATE
             continue
+        elif met == CANCELLED:  # as if it had been folded, and taken out at once
+            _arrive(rows, p, retention, time, ids[i])
+            _put_early(rows, p, time, ids[i], _GONE)
+            outcomes[i] = CANCELLED
         else:
             if not _room_for_row(rows, heap, p):
                 return i
@@ -840,11 +911,13 @@ def _read_many(rows: Ints, table: Ints, plan: Plan, slots: Ints, times: Ints, fe
 
 
 @jit
-def _pack(rows: Ints, table: Ints, plan: Plan, slots: Ints, starts: Ints, packed: Ints) -> None:
+def _pack(rows: Ints, table: Ints, plan: Plan, slots: Ints, ends: Ints, words: Ints, packed: Ints) -> None:
+    """ends, words: of each profile in `packed`."""
     for s in range(len(slots)):
         p = table[slots[s]]
-        at = starts[s]
-        packed[at], packed[at + 1], packed[at + 2] = p[_NEWEST], p[_LENGTH], p[_EARLY_LENGTH]
+        at = ends[s] - words[s]
+        packed[at], packed[at + 1] = p[_NEWEST], p[_LENGTH]
+        packed[at + 2] = _pack_early(rows, p, packed[ends[s] - 2 * p[_EARLY_LENGTH] : ends[s]])
         at += 3
         for c in range(len(plan.columns)):
             if plan.columns[c, 3]:
@@ -869,10 +942,20 @@ def _pack(rows: Ints, table: Ints, plan: Plan, slots: Ints, starts: Ints, packed
                 if valued != _NONE and rows[i + 1, valued] == rows[i, valued]:
                     packed[at + v] = NULL
             at += plan.values
+
+
+@jit
+def _pack_early(rows: Ints, p: Ints, packed: Ints) -> int:
+    """What waits, then what is gone, however they came; how many there are of both, in one word."""
+    at = counts = 0
+    for gone in (False, True):
         for i in range(p[_EARLY], p[_EARLY] + p[_EARLY_LENGTH]):
-            packed[at] = rows[i, _TIME] * 4 + rows[i, _STATE]
-            packed[at + 1] = rows[i, _ID]
-            at += 2
+            if (rows[i, _STATE] == _GONE) == gone:
+                packed[at] = rows[i, _TIME] * 4 + (rows[i, _STATE] & REVERSED)
+                packed[at + 1] = rows[i, _ID]
+                at += 2
+                counts += 1 << (_COUNT_BITS * gone)
+    return counts
 
 
 @jit
@@ -881,8 +964,10 @@ def _unpack(  # noqa: PLR0912 - by part
 ) -> bool:
     """Fill an empty slot. False, with the slot still empty, when the arena is full."""
     p = table[slot]
-    length, early = packed[1], packed[2]
-    if length:
+    length, waiting = packed[1], packed[2] & ((1 << _COUNT_BITS) - 1)
+    early = waiting + (packed[2] >> _COUNT_BITS)
+    begun = packed[0] != NULL  # it has a closing row, even if all others are forgotten or taken out
+    if begun:
         p[_CLASS] = _class_for(length + 1)
         p[_CHUNK] = p[_START] = _take(rows, heap, p[_CLASS])
         if p[_CHUNK] == _NONE:
@@ -891,18 +976,18 @@ def _unpack(  # noqa: PLR0912 - by part
         p[_EARLY_CLASS] = _class_for(early)
         p[_EARLY] = _take(rows, heap, p[_EARLY_CLASS])
         if p[_EARLY] == _NONE:
-            if length:
+            if begun:
                 _give(rows, heap, p[_CHUNK], p[_CLASS])
                 p[_CHUNK] = _NONE
             return False
     p[_NEWEST], p[_LENGTH], p[_EARLY_LENGTH] = packed[0], length, early
     at = 3
     start, columns = p[_START], len(plan.columns)
-    if length:
+    if begun:
         rows[start] = 0
     for c in range(columns):
         if plan.columns[c, 3]:
-            if length:
+            if begun:
                 rows[start, SUMS + c] = packed[at]
             at += 1
     for i in range(start, start + length):
@@ -926,7 +1011,7 @@ def _unpack(  # noqa: PLR0912 - by part
         at += plan.values
     for i in range(p[_EARLY], p[_EARLY] + early):
         rows[i, _TIME] = packed[at] >> 2
-        rows[i, _STATE] = packed[at] & 3
+        rows[i, _STATE] = packed[at] & 3 if i < p[_EARLY] + waiting else _GONE
         rows[i, _ID] = packed[at + 1]
         at += 2
     return True

@@ -23,7 +23,19 @@ from models.filters import Filters
 from models.partitions import partitions_of
 from models.pipeline import Entity
 from models.records import GAP, NEVER, NEWS, SEEN, chain, fresh, in_step, loosened, skew
-from models.windows import EVENT, LABEL_EARLY, NULL, OUTCOMES, Arena, Bytes, Floats, Ints, lengthen, step
+from models.windows import (
+    EVENT,
+    LABEL_EARLY,
+    LABEL_STALE,
+    NULL,
+    OUTCOMES,
+    Arena,
+    Bytes,
+    Floats,
+    Ints,
+    lengthen,
+    step,
+)
 from tables.store import Progress, Snapshot, Store, StoreError
 
 # One RocksDB write holds the interpreter for as long as it takes: one or two microseconds for a profile,
@@ -309,7 +321,8 @@ class Profiles:
         self._dirty[slots[keyed]] = self._recent[slots[keyed]] = True
         self._offset[slots[keyed]] = offsets[keyed]
         degraded = self._degraded(batch, logs)
-        changed = keyed & (outcomes != LABEL_EARLY)  # a label that waits for its event changes no value
+        # A label that waits for its event changes no value, nor does one that is ignored.
+        changed = keyed & (outcomes != LABEL_EARLY) & (outcomes != LABEL_STALE)
         self._stale[slots[changed]] = self._mirrored
         for code, count in enumerate(np.bincount(outcomes, minlength=len(OUTCOMES)).tolist()):
             self.counts[OUTCOMES[code]] += count

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from models.aggregates import DECAYED, FOR_LIFE, IN_CELLS, KINDS, LISTS, OF_ROWS, Aggregate, plan
 from models.windows import (
+    CANCELLED,
     COUNT,
     DECAYED_COUNT,
     DISTINCT,
     DUPLICATE,
+    EVENT,
     FIRST,
     FOLDED,
     HALVINGS,
@@ -38,10 +40,12 @@ from models.windows import (
     POSITIVE,
     QUANTILE,
     RATE,
+    REVERSED,
     SHARE,
     SINCE_LAST,
     STDDEV,
     SUM,
+    TAKEN_OUT,
     TOO_LATE,
     UNKNOWN,
     VARIANCE,
@@ -49,6 +53,7 @@ from models.windows import (
 )  # fmt: skip
 from tests.fixtures.histories import (
     CLOSE_GAPS,
+    NOTHING,
     PROFILES,
     RESTART,
     SPAN,
@@ -57,6 +62,7 @@ from tests.fixtures.histories import (
     Entry,
     Truth,
     Worker,
+    aggregates,
     bits,
     breaks,
     cases,
@@ -282,6 +288,164 @@ def test_a_plan_without_aggregates_still_finds_duplicates() -> None:
     assert outcomes == ["folded", "duplicate", "folded", "too_late"]
 
 
+# --- reversals ---------------------------------------------------------------------------------
+
+
+def reversal(time: int, id: int) -> Entry:
+    return label(0, time, id, REVERSED)
+
+
+def test_a_reversal_takes_its_row_out_again() -> None:
+    """Of equal times its own, from the middle of the profile, and its value from the sums behind it."""
+    events = [Entry(0, 100, 1, (1,)), Entry(0, 105, 2, (2,)), Entry(0, 105, 3, (4,)), Entry(0, 109, 4, (8,))]
+    features, outcomes, worker = fold(
+        [Aggregate(SUM, 10), Aggregate(LAST, 10, delay=4)], *events, reversal(105, 2), Entry(0, 109, 5, (16,)),
+        columns=1,
+    )  # fmt: skip
+    assert outcomes[-2:] == ["reversed", "folded"]
+    assert features[-3::2] == [[15, 4], [29, 4]]
+    assert worker.arena.rows(0).ids.tolist() == [1, 3, 4, 5]
+    assert worker.arena.read_at(np.zeros(1, np.int64), np.array([109])).tolist() == [[29, 4]]
+
+
+def test_what_was_reversed_is_over() -> None:
+    """Its event is a duplicate, and labels and reversals of it change nothing, while its row would be there."""
+    after = [
+        Entry(0, 100, 7),
+        Entry(0, 95, 7),
+        label(0, 100, 7, POSITIVE),
+        reversal(100, 7),
+        Entry(0, 109, 8),
+    ]
+    features, outcomes, worker = fold([Aggregate(COUNT, 10)], Entry(0, 100, 7), reversal(100, 7), *after)
+    assert outcomes == [
+        "folded",
+        "reversed",
+        "duplicate",
+        "duplicate",
+        "label_stale",
+        "label_stale",
+        "folded",
+    ]
+    assert features[-1] == [1]
+    worker.restart()
+    _, then = worker.fold([Entry(0, 109, 7), Entry(0, 110, 9), Entry(0, 110, 7), reversal(100, 7)])
+    assert [OUTCOMES[o] for o in then] == ["duplicate", "folded", "folded", "label_stale"]
+
+
+def test_an_event_whose_reversal_came_before_is_scored_and_not_folded() -> None:
+    """By the other events of its time: a count of its own window can be 0."""
+    waiting = [reversal(100, 7), Entry(0, 99, 1), reversal(104, 8)]
+    worker = Worker(plan([Aggregate(COUNT, 3)], [], 10))
+    _, outcomes = worker.fold(waiting)
+    assert [OUTCOMES[o] for o in outcomes] == ["label_early", "folded", "label_early"]
+    worker.restart()
+    came = [Entry(0, 104, 7), Entry(0, 104, 8), Entry(0, 104, 8), Entry(0, 101, 9), Entry(0, 100, 7)]
+    features, outcomes = worker.fold(came)
+    # 7 at another time than its reversal's is an event like any other, and then it is known
+    assert [OUTCOMES[o] for o in outcomes] == ["folded", "cancelled", "duplicate", "late", "duplicate"]
+    assert features[[0, 1, 3], 0].tolist() == [1, 1, 2]
+    features, outcomes, _ = fold([Aggregate(COUNT, 3)], reversal(100, 7), Entry(0, 100, 7))
+    assert (OUTCOMES[CANCELLED], [0]) == (outcomes[-1], features[-1])
+
+
+@pytest.mark.parametrize("waits", [UNKNOWN, POSITIVE, REVERSED])
+def test_of_what_waits_for_an_event_its_reversal_wins(waits: int) -> None:
+    one, other = label(0, 100, 7, waits), reversal(100, 7)
+    first = "label_stale" if waits == REVERSED else "label_early"
+    assert fold(RISK, one, other, Entry(0, 100, 7))[1] == ["label_early", first, "cancelled"]
+    assert fold(RISK, other, one, Entry(0, 100, 7))[1] == ["label_early", "label_stale", "cancelled"]
+
+
+def test_the_profile_is_the_same_whether_a_reversal_comes_before_or_behind_its_event() -> None:
+    """And so are the newest time, which stays, what it has made forgotten, and what was labelled."""
+    before = [
+        Entry(0, 90, 1, (1,)),
+        Entry(0, 99, 2, (2,)),
+        label(0, 99, 2, POSITIVE),
+        label(0, 90, 9, POSITIVE),
+    ]
+    one = [Entry(0, 101, 7, (4,)), label(0, 101, 7, POSITIVE), reversal(101, 7)]
+    behind = [Entry(0, 100, 3, (8,)), label(0, 91, 9, NEGATIVE)]
+    aggregates = [Aggregate(SUM, None), Aggregate(SHARE, 5, delay=5)]
+    packed, outcomes = set(), []
+    for order in ((0, 1, 2), (0, 2, 1), (2, 0, 1), (1, 2, 0), (1, 0, 2), (2, 1, 0)):
+        _, became, worker = fold(aggregates, *before, *(one[i] for i in order), *behind, columns=1)
+        packed.update(worker.arena.pack(np.zeros(1, np.int64)))
+        outcomes.append(became[-2:])
+    assert len(packed) == 1
+    assert outcomes == [["late", "label_stale"]] * 6
+
+
+def test_a_reversal_of_what_is_forgotten_changes_nothing() -> None:
+    features, outcomes, _ = fold(
+        [Aggregate(COUNT, 10), Aggregate(COUNT, None)],
+        Entry(0, 100, 7), Entry(0, 110, 8), reversal(100, 7), reversal(99, 5), Entry(0, 110, 9),
+    )  # fmt: skip
+    assert outcomes[2:] == ["label_stale", "label_stale", "folded"]
+    assert features[-1] == [2, 3]
+
+
+def test_a_cell_gives_nothing_back() -> None:
+    """It has no ids: not even 0, with which its row is filled."""
+    case = Case(0, [Aggregate(COUNT, 40)], 0, [Entry(0, 41, 0), reversal(40, 0), reversal(80, 1)], hop=4)
+    worker = Worker(case.plan)
+    _, outcomes = worker.run(case.history, [])
+    assert (
+        outcomes.tolist() == Truth(case).run(case.history)[1].tolist() == [FOLDED, LABEL_STALE, LABEL_STALE]
+    )
+    assert worker.fold([Entry(0, 42, 0)])[0].tolist() == [[2]]
+
+
+def test_a_profile_without_rows_keeps_what_counts_for_life() -> None:
+    """Its only row was taken out, and the others are forgotten."""
+    worker = Worker(plan([Aggregate(SUM, None), Aggregate(COUNT, 10)], [True], 0))
+    worker.fold([Entry(0, 100, 1, (3,)), Entry(0, 200, 2, (4,)), reversal(200, 2)])
+    for then in (lambda: None, worker.arena.close_gaps, worker.restart):
+        then()
+        slot = np.array([worker.slot(0)])
+        assert worker.arena.read_at(slot, np.array([200])).tolist() == [[3, 0]]
+        assert worker.arena.newest(slot).tolist() == [200]
+        assert len(worker.arena.rows(int(slot[0])).ids) == 0
+    assert worker.fold([Entry(0, 200, 3, (5,))])[0].tolist() == [[8, 1]]
+
+
+@given(st.data())
+def test_a_history_with_reversals_is_the_history_without_their_events(data: st.DataObject) -> None:
+    """While nothing is forgotten: rows, values at any time, and all features behind the last of them."""
+    columns, filters = 2, 1
+    chosen = data.draw(aggregates(columns, filters, 0))
+    times = data.draw(st.lists(st.integers(0, SPAN), min_size=1, max_size=24))
+    events = [Entry(0, t, id, (id, -t), flags=id % 2) for id, t in enumerate(times)]
+    gone = data.draw(st.sets(st.sampled_from(range(len(events)))))
+    labels = [
+        label(0, times[id], id, POSITIVE) for id in data.draw(st.sets(st.sampled_from(range(len(events)))))
+    ]
+    records = [*events, *labels, *(reversal(times[id], id) for id in gone)]
+    history = data.draw(st.permutations(records))
+    asked = np.arange(-20, SPAN + 20)
+    found = []
+    for some in (history, [e for e in history if e.id not in gone]):
+        worker = Worker(plan(chosen, [True] * columns, 10 * SPAN, filters))
+        worker.run(some, data.draw(breaks))
+        slots = np.zeros(len(asked), np.int64) + worker.slot(0)
+        found.append((bits(worker.arena.read_at(slots, asked)), worker.arena.rows(worker.slot(0))))
+    assert found[0][0] == found[1][0]
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        assert ours.tolist() == theirs.tolist()
+
+
+def test_what_was_reversed_is_remembered_for_as_long_as_a_row() -> None:
+    """A profile whose events are all reversed, before they come or behind, takes the memory of its retention."""
+    worker = Worker(plan([Aggregate(COUNT, 100)], [], 0))
+    lives = [(Entry(0, i, i), reversal(i, i))[:: 1 if i % 2 else -1] for i in range(20_000)]
+    worker.fold([e for pair in lives[:400] for e in pair])
+    before, packed = worker.arena.nbytes, worker.arena.pack(np.zeros(1, np.int64))[0]
+    worker.fold([e for pair in lives[400:] for e in pair])
+    assert worker.arena.nbytes == before
+    assert len(worker.arena.pack(np.zeros(1, np.int64))[0]) == len(packed) == 8 * (3 + 2 * 100)
+
+
 # --- every aggregate ---------------------------------------------------------------------------
 
 
@@ -289,6 +453,7 @@ def test_a_plan_without_aggregates_still_finds_duplicates() -> None:
 def test_every_aggregate_on_dense_histories(hop: int) -> None:
     """All kinds at once, each with several windows, delays and filters, on histories where much happens."""
     found: dict[int, set[int]] = defaultdict(set)
+    became: Counter[int] = Counter()
     for seed in range(6):
         case = dense(seed, hop)
         worker, truth = Worker(case.plan), Truth(case)
@@ -299,15 +464,17 @@ def test_every_aggregate_on_dense_histories(hop: int) -> None:
         assert outcomes.tolist() == expected_outcomes.tolist()
         assert bits(features) == bits(expected)
         assert worker.arena.pack(worker.all_slots()) == [truth.packed(p) for p in range(PROFILES)]
+        became.update(outcomes.tolist())
         for place, a in enumerate(one for one in case.aggregates for _ in range(one.width)):
             found[a.kind].update(bits(features[:, place]))
     few = {name: len(found[kind]) for name, kind in KINDS.items() if kind in found and len(found[kind]) < 10}
     assert few == {}, "else this would prove little"
     assert found.keys() == (IN_CELLS if hop else set(KINDS.values()))
+    assert hop or min(became[outcome] for outcome in (LABELLED, TAKEN_OUT, CANCELLED)) >= 10
 
 
 def dense(seed: int, hop: int) -> Case:
-    """250 records of three profiles in 80 ms: late, tied, doubled, labelled, flipped."""
+    """250 events of three profiles in 80 ms: late, tied, doubled, labelled, flipped, reversed, cancelled."""
     rng = np.random.default_rng(seed)
     aggregates = []
     for kind in KINDS.values():
@@ -326,6 +493,7 @@ def dense(seed: int, hop: int) -> Case:
             )
             aggregates.append(Aggregate(kind, window_or_life, delay, value, divisor, number, chosen))
     history = []
+    states = [UNKNOWN, NEGATIVE, POSITIVE, POSITIVE, REVERSED]
     for n in range(250):
         time = max(0, n // 3 + int(rng.integers(-6, 1)))
         values = tuple(None if rng.random() < 0.2 else int(rng.integers(-9, 9)) for _ in range(2))
@@ -335,9 +503,10 @@ def dense(seed: int, hop: int) -> Case:
         history.append(event)
         if not hop:
             known = history[int(rng.integers(len(history)))]
-            history.append(
-                label(known.profile, known.time, known.id, int(rng.choice([UNKNOWN, NEGATIVE, POSITIVE])))
-            )
+            history.append(label(known.profile, known.time, known.id, int(rng.choice(states))))
+        if not hop and rng.random() < 0.1:
+            early = label(event.profile, event.time, event.id, int(rng.choice(states)))
+            history.insert(int(rng.integers(max(0, len(history) - 9), len(history) - 1)), early)
     return Case(2, aggregates, 5, history, filters=2, hop=hop)
 
 
@@ -421,6 +590,47 @@ def test_a_profile_that_was_long_and_is_again_knows_its_ids() -> None:
     assert set(worker.fold([replace(e, time=2400) for e in short])[1].tolist()) == {DUPLICATE}
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_long_profile_with_reversals_is_the_oracle_s(seed: int) -> None:
+    """Around the length from which it has an index, and well beyond, while rows come late and are forgotten."""
+    rng = np.random.default_rng(seed)
+    chosen = [
+        Aggregate(SUM, 500),
+        Aggregate(SHARE, 200, delay=9),
+        Aggregate(LAST, 90, delay=2),
+        Aggregate(SUM, None),
+    ]
+    history: list[Entry] = []
+    for n in range(900):
+        event = Entry(0, n + int(rng.integers(-20, 1)), n, (int(rng.integers(-9, 9)),))
+        known = history[int(rng.integers(max(0, len(history) - 600), len(history)))] if history else event
+        other = label(0, known.time, known.id, int(rng.choice([NEGATIVE, POSITIVE, REVERSED, REVERSED])))
+        draw = rng.random()
+        # few reversals, then as many as events, so that it is long, short and long again
+        if draw < (0.9 if 350 < n < 600 else 0.2):
+            history += [event, other]
+        elif draw < 0.95:
+            history += (
+                [event, replace(known, kind=EVENT)]
+                if known.kind == EVENT
+                else [reversal(event.time, n), event]
+            )
+        else:
+            history += [event]
+    case = Case(1, chosen, 30, history)
+    worker, truth = Worker(case.plan), Truth(case)
+    features, outcomes = worker.run(
+        history,
+        [(311, NOTHING), (290, CLOSE_GAPS), (7, NOTHING), (240, RESTART), (150, CLOSE_GAPS), (1, RESTART)],
+    )
+    expected, expected_outcomes = truth.run(history)
+    assert outcomes.tolist() == expected_outcomes.tolist()
+    assert bits(features) == bits(expected)
+    assert worker.arena.pack(worker.all_slots()[:1]) == [truth.packed(0)]
+    became = Counter(outcomes.tolist())
+    assert min(became[o] for o in (TAKEN_OUT, CANCELLED, LATE, DUPLICATE, LABEL_STALE)) >= 10, became
+
+
 # --- memory ------------------------------------------------------------------------------------
 
 
@@ -437,8 +647,8 @@ def test_an_arena_grows_and_loses_nothing() -> None:
 
 
 def test_unpacking_grows_the_arena_too() -> None:
-    history = [label(0, 5000 + i, i, POSITIVE) for i in range(9)] + [Entry(0, i, i) for i in range(20)]
-    _, _, worker = fold(RISK, *history, lateness=10_000)
+    history = [label(0, 5000 + i, i, POSITIVE) for i in range(7)] + [Entry(0, i, i) for i in range(22)]
+    _, _, worker = fold(RISK, *history, reversal(0, 0), reversal(9, 9), lateness=10_000)
     (packed,) = worker.arena.pack(np.zeros(1, np.int64))
     for rows in (1, 4, 16, 32, 40, 64):  # too small for the rows; for the waiting labels; for neither
         arena = Arena(worker.plan, rows)
@@ -547,7 +757,10 @@ def test_retention_is_the_longest_reach_and_the_lateness(
 
 
 def test_outcomes_have_the_codes_of_their_names() -> None:
-    codes = (FOLDED, LATE, TOO_LATE, DUPLICATE, NO_KEY, LABELLED, LABEL_EARLY, LABEL_STALE)
+    codes = (
+        FOLDED, LATE, TOO_LATE, DUPLICATE, NO_KEY, LABELLED, LABEL_EARLY, LABEL_STALE, TAKEN_OUT, CANCELLED,
+    )  # fmt: skip
     assert [OUTCOMES[c] for c in codes] == [
-        "folded", "late", "too_late", "duplicate", "no_key", "labelled", "label_early", "label_stale",
+        "folded", "late", "too_late", "duplicate", "no_key", "labelled", "label_early", "label_stale", "reversed",
+        "cancelled",
     ]  # fmt: skip
