@@ -177,11 +177,13 @@ def check(
 
 
 @main.command(epilog="Example: headrace schema > configs/pipelines/schema.json")
-def schema() -> None:
-    """Print the JSON Schema of pipeline files, for editors."""
-    from models.pipeline import schema as pipeline_schema
+@click.option("--markdown", is_flag=True, help="The reference for people, docs/reference.md.")
+def schema(markdown: bool) -> None:
+    """Print the JSON Schema of pipeline files, for editors, or their reference."""
+    from models import pipeline, reference
 
-    click.echo(json.dumps(pipeline_schema(), indent=2))
+    text = reference.markdown() if markdown else json.dumps(pipeline.schema(), indent=2) + "\n"
+    click.echo(text, nl=False)
 
 
 @main.group()

@@ -4,41 +4,117 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from models import windows
 from models.windows import Plan
 
-KINDS = {
-    "count": windows.COUNT,
-    "sum": windows.SUM,
-    "mean": windows.MEAN,
-    "variance": windows.VARIANCE,
-    "stddev": windows.STDDEV,
-    "rate": windows.RATE,
-    "share": windows.SHARE,
-    "positives": windows.POSITIVES,
-    "coverage": windows.COVERAGE,
-    "first": windows.FIRST,
-    "last": windows.LAST,
-    "last_k": windows.LAST_K,
-    "min": windows.MIN,
-    "max": windows.MAX,
-    "since_last": windows.SINCE_LAST,
-    "distinct": windows.DISTINCT,
-    "quantile": windows.QUANTILE,
-    "most_frequent": windows.MOST_FREQUENT,
-    "decayed_count": windows.DECAYED_COUNT,
-    "decayed_sum": windows.DECAYED_SUM,
+
+class Described(NamedTuple):
+    """An aggregate as the reference shows it. value: the formula; example: a feature as a pipeline file has it, and
+    its values for the payments of models.reference.
+    """
+
+    kind: int
+    value: str
+    example: tuple[str, tuple[float, ...]]
+
+
+AGGREGATES = {
+    "count": Described(windows.COUNT, "n", ("{aggregate: count, window: 10s}", (4,))),
+    "sum": Described(windows.SUM, "sum(v) / unit", ("{aggregate: sum, of: AMOUNT, window: 10s}", (12,))),
+    "mean": Described(
+        windows.MEAN, "sum(v) / (m x unit)", ("{aggregate: mean, of: AMOUNT, window: 10s}", (3,))
+    ),
+    "variance": Described(
+        windows.VARIANCE,
+        "(m x sum(v^2) - sum(v)^2) / (m^2 x unit^2): of a population; the numerator is exact in 128 bits",
+        ("{aggregate: variance, of: AMOUNT, window: 10s}", (2,)),
+    ),
+    "stddev": Described(
+        windows.STDDEV,
+        "the square root of `variance`",
+        ("{aggregate: stddev, of: AMOUNT, window: 10s}", (1.4142135623730951,)),
+    ),
+    "rate": Described(windows.RATE, "n x per / window", ("{aggregate: rate, window: 10s, per: 1m}", (24,))),
+    "share": Described(
+        windows.SHARE,
+        "positive labels / n, unknown ones counting in n",
+        ("{aggregate: share, of: FRAUD, window: 10s, delay: 1s}", (0.3333333333333333,)),
+    ),
+    "positives": Described(
+        windows.POSITIVES,
+        "positive labels",
+        ("{aggregate: positives, of: FRAUD, window: 10s, delay: 1s}", (1,)),
+    ),
+    "coverage": Described(
+        windows.COVERAGE,
+        "labels that are known / n",
+        ("{aggregate: coverage, of: FRAUD, window: 10s, delay: 1s}", (0.6666666666666666,)),
+    ),
+    "first": Described(
+        windows.FIRST,
+        "the oldest v / unit; of equal times the first in the log",
+        ("{aggregate: first, of: AMOUNT, window: 10s}", (1,)),
+    ),
+    "last": Described(
+        windows.LAST,
+        "the newest v / unit; of equal times the last in the log",
+        ("{aggregate: last, of: AMOUNT, window: 10s}", (5,)),
+    ),
+    "last_k": Described(
+        windows.LAST_K,
+        "the newest v / unit, the one before it, and so on, k of them",
+        ("{aggregate: last_k, k: 3, of: AMOUNT, window: 10s}", (5, 3, 3)),
+    ),
+    "min": Described(
+        windows.MIN, "the smallest v / unit", ("{aggregate: min, of: AMOUNT, window: 10s}", (1,))
+    ),
+    "max": Described(
+        windows.MAX, "the largest v / unit", ("{aggregate: max, of: AMOUNT, window: 10s}", (5,))
+    ),
+    "since_last": Described(
+        windows.SINCE_LAST,
+        "seconds from the newest event *before* t - delay until then, so the event itself does not count",
+        ("{aggregate: since_last, window: 10s}", (2,)),
+    ),
+    "distinct": Described(
+        windows.DISTINCT,
+        "how many different v there are, exactly",
+        ("{aggregate: distinct, of: AMOUNT, window: 10s}", (3,)),
+    ),
+    "quantile": Described(
+        windows.QUANTILE,
+        "v / unit at the place ceil(m x quantile) of all m in ascending order (nearest rank), exactly",
+        ("{aggregate: quantile, quantile: 0.5, of: AMOUNT, window: 10s}", (3,)),
+    ),
+    "most_frequent": Described(
+        windows.MOST_FREQUENT,
+        "the v / unit that occurs most often, the next one, and so on; of equally frequent ones the smaller first",
+        ("{aggregate: most_frequent, k: 2, of: AMOUNT, window: 10s}", (3, 1)),
+    ),
+    "decayed_count": Described(
+        windows.DECAYED_COUNT,
+        "sum(w), w being 2^(-age / half_life) as below",
+        ("{aggregate: decayed_count, half_life: 1s}", (1.4375,)),
+    ),
+    "decayed_sum": Described(
+        windows.DECAYED_SUM,
+        "sum(v x w) / unit",
+        ("{aggregate: decayed_sum, of: AMOUNT, half_life: 2s}", (7.8106600642204285,)),
+    ),
 }
+KINDS = {name: aggregate.kind for name, aggregate in AGGREGATES.items()}
 FOR_LIFE = frozenset({windows.COUNT, windows.SUM, windows.MEAN, windows.VARIANCE, windows.STDDEV})
 LISTS = frozenset({windows.LAST_K, windows.MOST_FREQUENT})
 DECAYED = frozenset({windows.DECAYED_COUNT, windows.DECAYED_SUM})
 OF_LABELS = frozenset({windows.SHARE, windows.POSITIVES, windows.COVERAGE})
 OF_ROWS = frozenset({windows.COUNT, windows.RATE, windows.SINCE_LAST, windows.DECAYED_COUNT, *OF_LABELS})
 IN_CELLS = FOR_LIFE | {windows.RATE}  # what a profile with a hop has
-_ZERO_OF_NOTHING = frozenset({
+OF_TEXTS = frozenset({windows.DISTINCT})  # whose field may be a category or a string
+ZERO_OF_NOTHING = frozenset({
     windows.COUNT, windows.SUM, windows.RATE, windows.SHARE, windows.POSITIVES, windows.DISTINCT,
     windows.DECAYED_COUNT, windows.DECAYED_SUM,
 })  # fmt: skip
@@ -137,7 +213,7 @@ class _Planner:
         places = _places((summed, counted, squares, raw, valued))
         return (
             a.kind, self.bounds.index(a.delay), older, *places, a.divisor, a.number, before, out, a.width,
-            a.window or 0, 0 if a.kind in _ZERO_OF_NOTHING else 1,
+            a.window or 0, 0 if a.kind in ZERO_OF_NOTHING else 1,
         )  # fmt: skip
 
     def sums(self, a: Aggregate, of: int) -> tuple[int, int]:

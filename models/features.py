@@ -167,7 +167,7 @@ class Features:
             raise self._fail(at, f"{feature.aggregate} needs a field; write of: FIELD.")
         self._compiler.known_field(feature.of, fields, (*at, "of"))
         field = fields[feature.of]
-        if field.type not in ("int", "decimal") and not (kind == windows.DISTINCT and field.textual):
+        if field.type not in ("int", "decimal") and not (kind in aggregates.OF_TEXTS and field.textual):
             raise self._fail(
                 (*at, "of"),
                 f"{feature.of} is a {field.type}; aggregates are exact on integers only: declare it as int, or as "
