@@ -31,8 +31,8 @@ def test_shipped_files_compile(path: Path) -> None:
     assert compiled.definition == pipeline.find(path.stem, FOLDER).definition
 
 
-def test_there_are_two_shipped_files() -> None:
-    assert [p.stem for p in SHIPPED] == ["card-fraud", "flight-delays"]
+def test_there_are_three_shipped_files() -> None:
+    assert [p.stem for p in SHIPPED] == ["card-fraud", "flight-delays", "flight-network"]
 
 
 def test_what_is_compiled() -> None:
@@ -374,7 +374,7 @@ def test_a_name_that_is_not_there(tmp_path: Path) -> None:
         PipelineError, match=r"There is no pipeline 'card-frad' in .*; did you mean card-fraud\?"
     ):
         pipeline.find("card-frad", FOLDER)
-    with pytest.raises(PipelineError, match=r"there are: card-fraud, flight-delays\."):
+    with pytest.raises(PipelineError, match=r"there are: card-fraud, flight-delays, flight-network\."):
         pipeline.find("xyz", FOLDER)
     with pytest.raises(PipelineError, match=r"there are: none\."):
         pipeline.find("xyz", tmp_path)
