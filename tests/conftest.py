@@ -10,8 +10,10 @@ from app import history, lifecycle
 from app.datasets.cards import write_cards
 from app.datasets.flights import write_flights
 from app.local import services
+from app.model_life import ModelLife
 from app.settings import Settings
 from models.pipeline import Pipeline, find
+from tables.model_folder import ModelFolder
 
 REPOSITORY = Path(__file__).parents[1]
 PIPELINES = REPOSITORY / "configs" / "pipelines"
@@ -75,5 +77,6 @@ def trained(world: Settings, flights: Path, cards: Path) -> Settings:
         pipeline: Pipeline = find(name, world.pipelines)
         features = world.data_root / f"{name}.features.parquet"
         history.compute(file, features, pipeline)
-        lifecycle.train(pipeline, features, world.models_root, lambda step: None)
+        life = ModelLife(pipeline, ModelFolder(world.models_root))
+        lifecycle.train(life, features, lambda step: None)
     return world
