@@ -21,9 +21,9 @@ from aiokafka.errors import KafkaError
 
 from app import checkpoints, control, diagnosis, kafka, model_life, verify
 from app.diagnosis import Copy, Event, Hole, Row, Stored, Tail
+from app.errors import RegistryError
 from app.kafka import Place, Span
 from app.local import services
-from app.registry import RegistryError
 from app.settings import Settings
 from models.dead_letters import DeadLetter, Origin
 from models.dead_letters import decode as decode_letter

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from app.errors import RegistryError
 from app.model_life import ModelLife
-from app.registry import RegistryError
 from models.scoring import Model, ModelError, Reason, Refused
 from tables.model_folder import CHAMPION
 
