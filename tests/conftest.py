@@ -34,6 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
         "HEADRACE_ALIGNMENT_S": "21600",  # tests replay days in seconds
         "HEADRACE_KAFKA_PORT": "29092",
         "HEADRACE_REDIS_PORT": "26379",
+        "HEADRACE_MLFLOW_PORT": "25000",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ:
