@@ -14,14 +14,21 @@ from app.errors import ProgramMissing
 from app.local.ports import HOST, exchange
 from app.local.process import Launch
 
-APPLICATION = "mlflow.server.fastapi_app:app"
+# The database is made before anybody is answered: with a first request it would take seconds.
+SERVE = """
+import sys, uvicorn
+from mlflow.server.handlers import initialize_backend_stores
+initialize_backend_stores(sys.argv[1], sys.argv[1], sys.argv[2])
+uvicorn.run("mlflow.server.fastapi_app:app", host=sys.argv[3], port=int(sys.argv[4]), log_level="warning")
+"""
+ARTIFACTS = "mlflow-artifacts:/"
 OK = b"HTTP/1.1 200"
 
 
 def launch(
     home: Path, preferred_port: int, reserve: Callable[[int], int], _report: Callable[[str], None]
 ) -> Launch:
-    """Say how to start the server; it makes its database with the first request."""
+    """Say how to start the server."""
     if find_spec("mlflow") is None:
         remedy = 'Install it (`pip install "headrace[local]"`)'
         raise ProgramMissing("MLflow", "there is no Python package mlflow", remedy, "HEADRACE_MLFLOW")
@@ -29,16 +36,13 @@ def launch(
     port = reserve(preferred_port)
     database = f"sqlite:///{data(home) / 'mlflow.db'}"
     return Launch(
-        command=(
-            *(sys.executable, "-m", "uvicorn", "--host", HOST, "--port", str(port)),
-            *("--log-level", "warning", APPLICATION),
-        ),
+        command=(sys.executable, "-c", SERVE, database, ARTIFACTS, HOST, str(port)),
         port=port,
         cwd=home,
         env={
             "_MLFLOW_SERVER_FILE_STORE": database,
             "_MLFLOW_SERVER_REGISTRY_STORE": database,
-            "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+            "_MLFLOW_SERVER_ARTIFACT_ROOT": ARTIFACTS,
             "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(data(home) / "artifacts"),
             "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # it would start processes of its own
