@@ -77,7 +77,7 @@ class Serving:
             self._answers()
             if model is not None and registry.folder is not registry:  # what is known with the registry away
                 registry.folder.point(name, CHAMPION, model.card.version)
-        except RegistryError as error:
+        except (RegistryError, ModelError) as error:
             self._silent(str(error))
         except OSError as error:
             self._silent(
@@ -107,7 +107,10 @@ class Serving:
     def _kept(self) -> Model | None:
         """Load the last champion that passed here."""
         folder, pipeline = self._life.registry.folder, self._life.pipeline
-        version = folder.aliases(pipeline.name).get(CHAMPION)
+        try:
+            version = folder.aliases(pipeline.name).get(CHAMPION)
+        except ModelError:  # told before, where the folder is all there is
+            return None
         if version is None or (self.refused is not None and self.refused.version == version):
             return None
         try:

@@ -64,10 +64,11 @@ class ModelFolder:
     def aliases(self, name: str) -> dict[str, str]:
         """Version by alias."""
         home = self.root / name
-        files = sorted(home.iterdir()) if home.is_dir() else []
-        return {
-            file.name: file.read_text().strip() for file in files if file.is_file() and is_name(file.name)
-        }
+        try:
+            files = sorted(f for f in home.iterdir() if is_name(f.name)) if home.is_dir() else []
+            return {file.name: file.read_text().strip() for file in files if file.is_file()}
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"The aliases in {home} cannot be read ({error}); mend that.") from None
 
     def versions(self, name: str) -> list[Version]:
         """The newest first. One whose card cannot be read has no definition and no metrics."""
@@ -147,6 +148,8 @@ class ModelFolder:
 
     def _files(self, name: str, version: str) -> tuple[bytes, bytes]:
         home = self.root / name / version
+        if not is_name(version):  # it would lead elsewhere
+            raise damaged(version, "this is no name of a version")
         try:
             graph, card = (self._bounded(home / file, version) for file in (GRAPH, CARD))
             digest = (home / DIGEST).read_text()

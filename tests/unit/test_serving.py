@@ -129,6 +129,25 @@ async def test_without_a_model_it_says_why(tmp_path: Any) -> None:
     assert world.scores == FIRST
 
 
+async def test_a_folder_that_cannot_be_read_stops_nothing(world: World) -> None:
+    pointer = world.folder.root / "shop" / CHAMPION
+    pointer.write_bytes(b"\xff")
+    await world.serving.look()
+    assert world.serving.models == {}
+    assert "aliases in" in world.serving.why
+    pointer.write_text(FIRST)
+    await world.serving.look()
+    pointer.write_bytes(b"\xff")
+    await world.serving.look()
+    assert (world.scores, world.serving.away is None) == (FIRST, False)
+    pointer.write_text("../shop/second")  # no name of a version
+    await world.serving.look()
+    assert world.scores == FIRST
+    pointer.write_text("second")
+    await world.serving.look()
+    assert (world.scores, world.serving.away) == ("second", None)
+
+
 def test_a_trained_version_becomes_the_champion_only_when_asked(world: World) -> None:
     assert not world.life.register("second", promote=False)
     assert world.life.aliases() == {CHAMPION: FIRST}
