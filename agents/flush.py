@@ -27,11 +27,11 @@ class Flush:
     """
 
     def __init__(
-        self, stages: list[Profiles], route: Route | None, outbox: Outbox,
-        committed: Callable[[str, int, int], None], label_topic: str | None, most_bytes: int,
+        self, stages: list[Profiles], routes: list[Route], outbox: Outbox,
+        committed: Callable[[str, int, int], None], most_bytes: int,
     ) -> None:  # fmt: skip
-        self._stages, self._route, self._outbox = stages, route, outbox
-        self._committed, self._label_topic = committed, label_topic
+        self._stages, self._routes, self._outbox = stages, routes, outbox
+        self._committed = committed
         self._most_bytes = most_bytes
         self._above = most_bytes * EVICT_ABOVE
         self._lock = asyncio.Lock()
@@ -75,7 +75,9 @@ class Flush:
             for taken in stage.snapshots():
                 self._taken.append((stage, taken))
                 await asyncio.sleep(0)
-        routed = dict(self._route.positions) if self._route else {}
+        routed = [
+            (route.topic, p, position) for route in self._routes for p, position in route.positions.items()
+        ]
         # 2. everything that was sent on the way to it has arrived
         await self._outbox.acknowledged()
         # 3. profiles and position in one step, a partition at a time
@@ -84,10 +86,9 @@ class Flush:
             stage.write(snapshot)
             self._committed(stage.entity.log, snapshot.partition, snapshot.progress.position)
             await asyncio.sleep(0)
-        # 4. the router's place, which is all the state that it has
-        for partition, position in routed.items():
-            assert self._label_topic is not None
-            self._committed(self._label_topic, partition, position)
+        # 4. the routers' places, which are all the state that they have
+        for topic, partition, position in routed:
+            self._committed(topic, partition, position)
         # 5. what is stored need not be in memory
         if self._used() > self._above:
             await self._evict()

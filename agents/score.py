@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from agents.outbox import Outbox
-from models.events import texts
+from models.events import given_ids, streams_of
 from models.pipeline import Pipeline
 from models.predictions import PredictionEncoder
 from models.scoring import Model
@@ -36,9 +36,9 @@ class Score:
         self._profiles, self._models, self._outbox, self._reject = profiles, models, outbox, reject
         self._vectors = Vectors(pipeline)
         self._encoder = PredictionEncoder(pipeline)
-        stream = pipeline.stream
-        self._id_field = stream.id
-        self._id_text = texts(stream, [stream.id]) if stream.fields[stream.id].type == "string" else None
+        self._ids = given_ids(pipeline)
+        self._pipeline = pipeline
+        self._scored = np.array([stream.scored for stream in pipeline.streams])
         self.emitted: dict[int, int] = {}
         self.predicted = 0
 
@@ -50,6 +50,8 @@ class Score:
             self._reject(self._log, applied)
         # 2. score events, no event twice, and none whose prediction is out already
         on = (applied.batch.kinds == EVENT) & (applied.outcomes != DUPLICATE)
+        if not self._scored.all():
+            on &= self._scored[streams_of(self._pipeline, applied.batch)]
         if self.emitted:
             reached = np.array([self.emitted.get(p, -1) for p in applied.logs.tolist()], np.int64)
             on &= applied.offsets > reached
@@ -59,11 +61,9 @@ class Score:
         logs, outcomes = applied.logs[on], applied.outcomes[on]
         features = np.hstack([events.features, applied.features[on]])
         vectors = self._vectors.of(events.fields, features)
-        ids = events.ids.tolist()
-        if self._id_text is not None:
-            ids = [getattr(self._id_text(p), self._id_field) for p in events.payloads]
+        ids = self._ids(events)
         values = self._encoder.encode(
-            ids, events.times, vectors, (outcomes == LATE) | (outcomes == TOO_LATE),
+            ids, streams_of(self._pipeline, events), events.times, vectors, (outcomes == LATE) | (outcomes == TOO_LATE),
             applied.degraded[on], self._models[CHAMPION], logs, applied.offsets[on],
         )  # fmt: skip
         # 3. predictions go to the partition of the log's number, so one number drops all doubles

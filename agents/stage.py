@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from agents.outbox import Outbox
+from models.events import streams_of
 from models.partitions import partitions_of
 from models.pipeline import Pipeline
-from models.records import RecordCodec, next_keys
+from models.records import RecordCodec, keys_of
 from models.windows import DUPLICATE, EVENT
 from tables.profiles import Applied, Polled, Profiles
 
@@ -33,7 +36,11 @@ class Stage:
         self._log = pipeline.entities[number].log
         self._next = pipeline.entities[number + 1].log
         self._codec = RecordCodec(pipeline, number + 1)
-        self._keys = next_keys(pipeline, number + 1)
+        self._keys = keys_of(pipeline, number + 1)
+        # By stream: whether anyone further on has use for its events.
+        later = pipeline.entities[number + 1 :]
+        self._wanted = np.array([s.scored or any(e.is_of(s) for e in later) for s in pipeline.streams])
+        self._pipeline = pipeline
         self._partitions = partitions
         self._profiles, self._outbox, self._reject = profiles, outbox, reject
 
@@ -43,8 +50,10 @@ class Stage:
         applied = self._profiles.apply(polled)
         if applied.rejects:
             self._reject(self._log, applied)
-        # 2. hand on events, not labels, and no event twice
+        # 2. hand on events, not labels, no event twice, and none that is of no use there
         on = (applied.batch.kinds == EVENT) & (applied.outcomes != DUPLICATE)
+        if not self._wanted.all():
+            on &= self._wanted[streams_of(self._pipeline, applied.batch)]
         if not on.any():
             return
         events = applied.batch.where(on)

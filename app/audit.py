@@ -15,9 +15,8 @@ import numpy as np
 
 from app import kafka, verify
 from models import dead_letters
-from models.events import event_id
 from models.pipeline import Pipeline
-from models.predictions import Prediction, decode
+from models.predictions import Prediction, decode, identities, identity
 from models.windows import Floats
 from tables.mirror import Mirror
 
@@ -65,18 +64,18 @@ def judge(
     consumer sees it that drops by the highest origin offset, `doubled_plain` as one that drops nothing,
     and `differing` for each prediction whose features, score or origin are not those of the fold.
     """
-    _missing_and_doubled(expected, served, sent, findings)
+    _missing_and_doubled(pipeline, expected, served, sent, findings)
     _differing(pipeline, expected, served, score, findings)
 
 
 def _missing_and_doubled(
-    expected: verify.Expected, served: list[Served], sent: set[int], findings: Findings
+    pipeline: Pipeline, expected: verify.Expected, served: list[Served], sent: set[int], findings: Findings
 ) -> None:
     plain: dict[int, Served] = {}
     kept: dict[int, Served] = {}
     highest: dict[int, int] = {}
     for one in served:
-        id_, origin = event_id(one.prediction.id), one.prediction.origin
+        id_, origin = identity(pipeline, one.prediction), one.prediction.origin
         if id_ in plain:
             findings.add("doubled_plain", **_place(one), before=_place(plain[id_]))
         plain.setdefault(id_, one)
@@ -101,7 +100,7 @@ def _differing(
         return
     predictions = [s.prediction for s in served]
     wrong = verify.differing(pipeline, expected, predictions)
-    rows, known = expected.rows(np.array([event_id(p.id) for p in predictions], np.int64))
+    rows, known = expected.rows(identities(pipeline, predictions))
     wrong[known] |= [
         (p.origin.partition, p.origin.offset) != tuple(place)
         for p, place in zip(
@@ -120,7 +119,7 @@ def _differing(
 
 def _difference(pipeline: Pipeline, expected: verify.Expected, prediction: Prediction) -> dict[str, Any]:
     """What is different, for whoever looks for the cause."""
-    rows, known = expected.rows(np.array([event_id(prediction.id)]))
+    rows, known = expected.rows(identities(pipeline, [prediction]))
     if not known[0]:
         return {"why": "no such event in the logs"}
     vector, place = expected.vectors[rows[0]], expected.places[rows[0]].tolist()

@@ -18,7 +18,6 @@ from app.datasets.cards import write_cards
 from app.local import services
 from app.settings import Settings
 from models.errors import HeadraceError
-from models.events import event_id
 from models.pipeline import Pipeline, find
 
 DAYS = 120  # of the default city: 9,600 payments a day
@@ -188,7 +187,7 @@ async def _catchup(load: _Load, late: float, alignment: float) -> dict[str, Any]
     load.report(f"publishing a backlog of {tape.events:,} events")
     await replay.publish(tape, pipeline, address, None)
     workers = [session.Process(settings, pipeline, "worker", n) for n in (1, 2)]
-    reader = session.Predictions(address, pipeline.predictions)
+    reader = session.Predictions(address, pipeline)
     try:
         async with reader.reading():
             workers[0].start()
@@ -228,7 +227,7 @@ async def _latency(load: _Load, rate: float) -> dict[str, Any]:
     settings, pipeline, tape, addresses = load.settings, load.pipeline, load.tape, load.addresses
     await session.fresh(settings, pipeline, addresses)
     worker = session.Process(settings, pipeline, "worker")
-    reader = session.Predictions(addresses.kafka, pipeline.predictions)
+    reader = session.Predictions(addresses.kafka, pipeline)
     due = np.zeros(tape.events)
     try:
         worker.start()
@@ -243,7 +242,7 @@ async def _latency(load: _Load, rate: float) -> dict[str, Any]:
         after = await worker.metrics()
     finally:
         worker.stop()
-    ids = np.array([event_id(i) for i in reader.ids], np.int64)
+    ids = np.array(reader.ids, np.int64)
     order = np.argsort(tape.history.ids)
     sent = due[order[np.searchsorted(tape.history.ids, ids, sorter=order)]]
     waited = (np.array(reader.arrived) - sent)[sent >= due.min() + WARM_UP_S] * 1000

@@ -72,7 +72,7 @@ def fold(settings: Settings, repeats: int, hot_seconds: int) -> dict[str, Any]:
 
 
 def _of_history(pipeline: Pipeline, entity: Entity, found: History) -> _Feed:
-    columns = pipeline.stream.columns
+    columns = pipeline.columns
     names = [field.name for field in columns]
     values = np.ascontiguousarray(found.fields[:, [names.index(v) for v in entity.values]])
     flags = Filters(entity, columns).of(found.fields)

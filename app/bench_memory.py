@@ -95,18 +95,18 @@ class _Run:
         self._ends = [0] * partitions
         self._events = 0
         self._batch: Batch
-        self._columns = len(pipeline.stream.columns)
+        self._columns = len(pipeline.columns)
         self.stage = Profiles(
             pipeline.entities[0], lambda values, keys, sent: (self._batch, np.arange(len(values)), []),
             lambda partition, at_most: Store(folder / str(partition), pipeline.definition), partitions,
-            pipeline.stream.columns, mirrored=False,
+            pipeline.columns, mirrored=False,
         )  # fmt: skip
         self.stage.warm()
         for partition in range(partitions):
             self.stage.start_at(partition, self.stage.open(partition) or 0)
         nowhere: Any = None  # nothing is sent
         outbox = Outbox(nowhere, lambda: 0, lambda error: None)
-        self._flush = Flush([self.stage], None, outbox, lambda *_: None, None, mib * 2**20)
+        self._flush = Flush([self.stage], [], outbox, lambda *_: None, mib * 2**20)
 
     async def measure(self) -> None:
         """CPU of the process for an event: fold and flush, and not the making of it."""

@@ -28,9 +28,8 @@ from app.local import services
 from app.settings import Settings
 from app.terminal import table
 from models.errors import HeadraceError
-from models.events import event_id
 from models.pipeline import Pipeline, find
-from models.predictions import Prediction
+from models.predictions import Prediction, identity
 from tables.mirror import Mirror, connect
 from tables.model_folder import ModelFolder
 
@@ -205,7 +204,7 @@ class Run:
 
     async def _under_load(self) -> None:
         pipeline, address = self._pipeline, self._addresses.kafka
-        reader = session.Predictions(address, pipeline.predictions, self._see)
+        reader = session.Predictions(address, pipeline, self._see)
         acts = faults.Faults(self._fleet, self._settings, self._addresses.redis_url)
         with Live(get_renderable=self._line, console=self._console, refresh_per_second=2, transient=True):
             async with reader.reading():
@@ -221,7 +220,7 @@ class Run:
         self._summary.outage_s = outages(self._done, self._arrivals, ended)
 
     def _see(self, prediction: Prediction) -> None:
-        self._predicted.add(event_id(prediction.id))
+        self._predicted.add(identity(self._pipeline, prediction))
         self._arrivals[prediction.origin.partition].append(time.time())
 
     def _count(self, done: int, _: int) -> None:

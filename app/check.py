@@ -92,9 +92,10 @@ def examine(
                 f"No pipeline is named {before.name}, as that of {path} is; name the file to compare."
             )
         return [replace(r, before=before, changes=compare(before, r.pipeline)) for r in same]
-    if path.suffix not in trial.SUFFIXES:
+    if path.suffix not in trial.SUFFIXES and not path.is_dir():
         raise FileWrong(
-            f"--against {against}: write topic, or a file that ends in {', '.join(('.yaml', *trial.SUFFIXES))}."
+            f"--against {against}: write topic, or a file that ends in {', '.join(('.yaml', *trial.SUFFIXES))}, or for "
+            "several streams a folder."
         )
     if len(reports) != 1:
         raise FileWrong(f"{path} has the events of one pipeline; name its file.")
@@ -216,9 +217,7 @@ async def _kept(address: str, pipelines: Sequence[Pipeline]) -> list[tuple[list[
 
 
 def _logs(pipeline: Pipeline, configs: Mapping[str, Mapping[str, str]]) -> list[Kept]:
-    logs = {pipeline.stream.topic, *(e.log for e in pipeline.entities)}
-    if pipeline.labels is not None:
-        logs.add(pipeline.labels.topic)
+    logs = {*pipeline.inputs, *(e.log for e in pipeline.entities)}
     return [
         Kept(
             topic,

@@ -299,6 +299,20 @@ def data_flights(output: Path) -> None:
     click.echo(f"{rows:,} flights in {output}")
 
 
+@data.command("network", epilog="Example: headrace data network")
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), default=Path("data/network"), show_default=True
+)
+def data_network(output: Path) -> None:
+    """The same flights as three streams: departures, arrivals and the weather, a file each."""
+    from app.datasets.network import write_network
+    from app.terminal import progress
+
+    with progress("flights, arrivals and weather") as advance:
+        rows = write_network(output, advance)
+    click.echo(f"{rows:,} events in {output}")
+
+
 @data.command("cards", epilog="Example: headrace data cards --customers 1000 --terminals 2000 --seed 7")
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path), default=Path("data/cards.parquet"), show_default=True

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -20,7 +20,6 @@ import msgspec
 from agents.in_step import IDLE_S, InStep, Place
 from agents.outbox import Outbox
 from app import kafka
-from models.records import FROM_LABELS
 from tables.profiles import Profiles
 
 TELL_S = 0.005  # between looks at our own progress: two workers take turns at about this pace
@@ -57,15 +56,16 @@ def missing(record: Any) -> tuple[tuple[str, int, int], int | None] | None:
 
 
 class Control:
-    """replay: told the stage number (-1 the router), the partition and the offset behind which its outputs
-    are missing somewhere.
+    """writers: by log, the topics that its writers read. replay: told such a topic, its partition and the offset
+    behind which what is made of it is missing somewhere.
     """
 
     def __init__(
         self, address: str, topic: str, in_step: InStep, stages: Sequence[Profiles], outbox: Outbox,
-        replay: Callable[[int, int, int], Awaitable[None]],
+        writers: Mapping[str, Sequence[str]], replay: Callable[[str, int, int], Awaitable[None]],
     ) -> None:  # fmt: skip
         self._address, self._topic = address, topic
+        self._writers = writers
         self._in_step, self._stages, self._outbox = in_step, stages, outbox
         self._replay = replay
         self._worker = uuid.uuid4().hex
@@ -83,10 +83,10 @@ class Control:
                     self._in_step.hear((topic, int(partition)), low, time.monotonic())
             elif (said := missing(record)) is not None and record.timestamp > began:
                 (log, _, source), highest = said
-                writers_partition, writer = divmod(source, 2)
-                stage = -1 if writer == FROM_LABELS else self._number(log) - 1
+                writers = self._writers[log]
+                writers_partition, writer = divmod(source, len(writers))
                 if highest is not None:
-                    await self._replay(stage, writers_partition, highest)
+                    await self._replay(writers[writer], writers_partition, highest)
 
     async def tell_lows(self) -> None:
         """Tell the others how far we are, for ever."""
@@ -126,9 +126,6 @@ class Control:
                 self._say(key, Word(self._worker, highest))
             asked = set(now)
             await asyncio.sleep(REPEAT_S)
-
-    def _number(self, log: str) -> int:
-        return [stage.entity.log for stage in self._stages].index(log)
 
     def _say(self, key: str, said: Word | Lows) -> None:
         self._outbox.put(self._topic, 0, key.encode(), msgspec.json.encode(said))

@@ -20,12 +20,12 @@ from rich.table import Table
 from app import history, lifecycle, replay, session, verify
 from app.datasets.cards import write_cards
 from app.datasets.flights import write_flights
+from app.datasets.network import write_network
 from app.local import services
 from app.model_life import ModelLife
 from app.settings import Settings
 from app.terminal import progress, shown
 from models.errors import HeadraceError
-from models.events import event_id
 from models.pipeline import Pipeline, find
 from models.predictions import Prediction
 from models.scoring import ModelError
@@ -38,8 +38,9 @@ from tables.model_folder import ModelFolder
 class Story:
     """What a pipeline's demonstration replays. Days are UTC.
 
-    until: training sees what is before; start, end: what is streamed, the first part to fill the
-    windows; counted: from here on scores count for AUC; rate: events a second.
+    file: which `make` writes, with several streams the last one in their folder. until: training sees what is
+    before; start, end: what is streamed, the first part to fill the windows; counted: from here on scores count
+    for AUC; rate: events a second.
     """
 
     file: str
@@ -54,6 +55,10 @@ class Story:
 STORIES = {
     "flight-delays": Story(
         "flights.parquet", write_flights, "2013-09-01", "2013-08-21", "2013-09-15", "2013-09-01", 1000
+    ),
+    "flight-network": Story(
+        "network/flights.parquet", lambda path, advance: write_network(path.parent, advance),
+        "2013-09-01", "2013-08-21", "2013-09-15", "2013-09-01", 2000,
     ),
     "card-fraud": Story(
         "cards-demo.parquet",
@@ -104,6 +109,8 @@ def run(settings: Settings, name: str, data: Path, stay: bool, quiet: bool) -> S
         settings, lambda s, e: console.print(f"  {s:>8}  {e}", highlight=False)
     ) as addresses:
         file = _data(data / story.file, story, console)
+        if len(pipeline.streams) > 1:
+            file = file.parent
         _model(pipeline, file, story, settings, console)
         return asyncio.run(_stream(settings, pipeline, story, file, addresses, console, stay, quiet, started))
 
@@ -122,7 +129,7 @@ def _model(pipeline: Pipeline, file: Path, story: Story, settings: Settings, con
     try:
         model = life.champion()
     except ModelError:
-        features = file.with_suffix(".features.parquet")
+        features = file.with_name(f"{file.stem}.features.parquet")
         rows = history.compute(file, features, pipeline)
         console.print(f"  features  {rows:,} rows in {features}", highlight=False)
         lifecycle.train(
@@ -149,13 +156,14 @@ async def _stream(
             f"    worker  ready, {story.rate:,.0f} events/s from {story.start} to {story.end}",
             highlight=False,
         )
-        board = _Board(pipeline, tape.events, console, quiet)
-        reader = session.Predictions(addresses.kafka, pipeline.predictions, board.see)
+        scored = tape.scored(pipeline)
+        board = _Board(pipeline, tape.events, scored, console, quiet)
+        reader = session.Predictions(addresses.kafka, pipeline, board.see)
         due: Floats = np.zeros(tape.events)
         async with reader.reading():
             with board.live():
                 await replay.publish(tape, pipeline, addresses.kafka, story.rate, board.sent, due)
-                await reader.until(tape.events, worker.check)
+                await reader.until(scored, worker.check)
         summary = await _summary(pipeline, story, tape, reader, due, addresses.kafka, started)
         if not quiet:
             _show(summary, pipeline, addresses, api.url, worker.url)
@@ -174,7 +182,7 @@ async def _summary(
     started: float,
 ) -> Summary:  # fmt: skip
     verdict, expected = await verify.check(pipeline, address)
-    ids = np.array([event_id(i) for i in reader.ids], np.int64)
+    ids = np.array(reader.ids, np.int64)
     order = np.argsort(tape.history.ids)
     at = order[np.minimum(np.searchsorted(tape.history.ids, ids, sorter=order), len(order) - 1)]
     arrived = np.array(reader.arrived)
@@ -198,8 +206,9 @@ async def _summary(
 class _Board:
     """The live table: how far it is, and what was scored highest."""
 
-    def __init__(self, pipeline: Pipeline, events: int, console: Console, quiet: bool) -> None:
-        self._pipeline, self._events, self._console, self._quiet = pipeline, events, console, quiet
+    def __init__(self, pipeline: Pipeline, events: int, scored: int, console: Console, quiet: bool) -> None:
+        self._pipeline, self._events, self._scored = pipeline, events, scored
+        self._console, self._quiet = console, quiet
         self._sent = self._predicted = 0
         self._decisions: dict[str, int] = {}
         self._recent: deque[Prediction] = deque(maxlen=8)
@@ -227,7 +236,7 @@ class _Board:
             f"sent {self._sent:,} of {self._events:,}   predicted {self._predicted:,}   {rate:,.0f}/s   "
             + "   ".join(f"{name} {count:,}" for name, count in sorted(self._decisions.items()))
         )
-        bar = ProgressBar(total=self._events, completed=self._predicted, width=60)
+        bar = ProgressBar(total=self._scored, completed=self._predicted, width=60)
         table = Table(title="latest that stood out", box=None, title_justify="left", header_style="bold")
         for column in ("event", "score", "decision", "log", "offset"):
             table.add_column(column)
@@ -245,7 +254,7 @@ def _show(summary: Summary, pipeline: Pipeline, addresses: services.Addresses, a
         table.add_row(name.replace("_", " "), shown(value))
     console.print(table)
     entity = pipeline.entities[-1]
-    example = {"dest": "LAX", "terminal": "7"}.get(entity.name, "ID")
+    example = {"dest": "LAX", "terminal": "7", "carrier": "UA"}.get(entity.name, "ID")
     console.print("\nTo try:", style="bold")
     for line in (
         f"curl {api}/v1/features/{entity.name}/{example}",

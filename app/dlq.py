@@ -157,18 +157,17 @@ class _Sender:
 
     def __init__(self, pipeline: Pipeline, counts: dict[str, int]) -> None:
         self._pipeline, self._counts = pipeline, counts
-        self._events = EventDecoder(pipeline)
-        self._labels = LabelDecoder(pipeline) if pipeline.labels else None
+        self._events = {stream.topic: EventDecoder(pipeline, stream) for stream in pipeline.streams}
+        self._labels = {said.topic: LabelDecoder(pipeline, said) for said in pipeline.said}
 
     def target(self, origin: Origin, record: Original) -> tuple[int, bytes | None]:
         """Partition and key. Raises CannotReplay where the record would be refused again."""
-        pipeline = self._pipeline
-        if self._labels is not None and pipeline.labels and origin.topic == pipeline.labels.topic:
-            _raise(self._labels.decode([record.value])[2])
+        if origin.topic in self._labels:
+            _raise(self._labels[origin.topic].decode([record.value])[2])
             return origin.partition, record.key
-        if origin.topic != pipeline.stream.topic:
+        if origin.topic not in self._events:
             raise CannotReplay("is of a log that only workers write; replay the event that it was made of")
-        batch, _, rejects = self._events.decode([record.value], np.array([_now_ms()]))
+        batch, _, rejects = self._events[origin.topic].decode([record.value], np.array([_now_ms()]))
         _raise(rejects)
         # The key of the event, not the record's: a profile has one partition.
         key = None if batch.keys[0] is None else key_bytes(batch.keys[0])

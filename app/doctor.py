@@ -28,10 +28,10 @@ from app.settings import Settings
 from models.dead_letters import DeadLetter, Origin
 from models.dead_letters import decode as decode_letter
 from models.errors import HeadraceError
-from models.events import EventDecoder, event_id
+from models.events import EventDecoder, streams_of
 from models.partitions import partition_of
 from models.pipeline import Entity, Pipeline
-from models.predictions import Prediction
+from models.predictions import Prediction, identities
 from models.predictions import decode as decode_prediction
 from models.records import RecordCodec
 from models.windows import EVENT
@@ -173,9 +173,7 @@ class _Doctor:
     def _logs(self) -> dict[str, int]:
         """Partitions of what workers read."""
         pipeline = self._pipeline
-        names = [e.log for e in pipeline.entities]
-        if pipeline.labels is not None and any(e.labelled for e in pipeline.entities):
-            names.append(pipeline.labels.topic)
+        names = dict.fromkeys([*(e.log for e in pipeline.entities), *pipeline.inputs])
         return {name: self._counts[name] for name in names}
 
     async def _group(self) -> None:
@@ -256,7 +254,7 @@ class _Doctor:
             except msgspec.MsgspecError:
                 continue  # not one of ours: a predictions topic may be written by hand
         return {
-            s.partition: (_tail([x for _, x in found[s.partition]], s.first == 0 and s.end <= TAIL),
+            s.partition: (_tail(self._pipeline, [x for _, x in found[s.partition]], s.first == 0 and s.end <= TAIL),
                           found[s.partition][-1] if found[s.partition] else None)
             for s in spans
         }  # fmt: skip
@@ -396,10 +394,10 @@ class _Doctor:
         )
 
 
-def _tail(predictions: list[Prediction], whole: bool) -> Tail:
+def _tail(pipeline: Pipeline, predictions: list[Prediction], whole: bool) -> Tail:
     return Tail(
         frozenset(x.origin.offset for x in predictions),
-        frozenset(event_id(x.id) for x in predictions),
+        frozenset(identities(pipeline, predictions).tolist()),
         max((x.event_time for x in predictions[:FIRST]), default=0),
         whole,
     )
@@ -409,15 +407,16 @@ def _events_of(pipeline: Pipeline, records: list[Any], count: int) -> dict[int, 
     """By partition, those of the last log's records that a worker predicts when they come first."""
     values, logs = [r.value or b"" for r in records], np.array([r.partition for r in records], np.int64)
     number = len(pipeline.entities) - 1
-    if number:
+    if number or pipeline.routed:
         batch, kept, _ = RecordCodec(pipeline, number).decode(values, [r.key for r in records])
     else:
         sent = np.array([r.timestamp for r in records], np.int64)
-        batch, kept, _ = EventDecoder(pipeline).decode(values, sent)
+        batch, kept, _ = EventDecoder(pipeline, pipeline.stream).decode(values, sent)
         home = verify.at_home(batch, logs[kept], count)
         batch, kept = batch.where(home), kept[home]
     found: dict[int, list[Event]] = {}
-    for row in np.flatnonzero(batch.kinds == EVENT).tolist():
+    scored = np.array([stream.scored for stream in pipeline.streams])[streams_of(pipeline, batch)]
+    for row in np.flatnonzero((batch.kinds == EVENT) & scored).tolist():
         record = records[kept[row]]
         event = Event(record.offset, int(batch.ids[row]), int(batch.times[row]))
         found.setdefault(record.partition, []).append(event)

@@ -20,13 +20,13 @@ from app.terminal import utc
 from app.verify import Intake, same
 from models import predictions
 from models.errors import HeadraceError
-from models.events import Batch, event_id, key_bytes, texts
+from models.events import Batch, given_ids, key_bytes
 from models.explain import Explained, Moment, asked, explain, look
 from models.filters import Filters
 from models.history import arena_for
 from models.partitions import partition_of, partitions_of
 from models.pipeline import Entity, Pipeline
-from models.records import next_keys
+from models.records import keys_of
 from models.windows import DUPLICATE, EVENT, FOLDED, LATE, OUTCOMES, Arena, Bytes, Ints
 
 CHUNK = 10_000  # records of a log that are in memory at a time, but for those of the key
@@ -114,8 +114,8 @@ async def explained(
         row, time = None, at
         stop = int(np.argmax(later)) if (later := log.batch.clocks > at).any() else len(log.batch)
     then_arena, _ = _fold(pipeline, entity, log.batch.take(np.arange(stop)))
-    then = look(pipeline.stream, entity, then_arena, 0, time, ids)
-    now = look(pipeline.stream, entity, now_arena, 0, max(log.newest, time), ids)
+    then = look(pipeline.fields, entity, then_arena, 0, time, ids)
+    now = look(pipeline.fields, entity, now_arena, 0, max(log.newest, time), ids)
     told = [explain(name, then, now) for name in names]
     place = None if row is None else _place(log, row, outcomes, ids)
     served = None
@@ -196,7 +196,7 @@ def _row_of(pipeline: Pipeline, log: KeyLog, outcomes: Bytes, key: str, event: s
         times = batch.times[rows]
         return int(rows[np.flatnonzero(times == times.max())[-1]])
     events = (batch.kinds == EVENT) & (outcomes != DUPLICATE)
-    rows = np.flatnonzero(events & (batch.ids == _id_of(pipeline, event)))
+    rows = np.flatnonzero(events & np.isin(batch.ids, _ids_of(pipeline, event)))
     if not len(rows):
         known = list(_texts_of_ids(pipeline, batch).values())[-3:]
         raise NotInLog(
@@ -209,31 +209,32 @@ def _since(begins: int | None) -> str:
     return "" if begins is None else f" since {utc(begins)}, from when on the log reaches"
 
 
-def _id_of(pipeline: Pipeline, text: str) -> int | None:
-    if pipeline.stream.fields[pipeline.stream.id].type == "string":
-        return event_id(text)
-    return int(text) if text.lstrip("-").isdigit() else None
+def _ids_of(pipeline: Pipeline, text: str) -> Ints:
+    """What a text may mean, in each of the streams."""
+    found = []
+    for stream in pipeline.streams:
+        if stream.fields[stream.id].type == "string":
+            found.append(stream.identity(text))
+        elif text.lstrip("-").isdigit():
+            found.append(stream.identity(int(text)))
+    return np.array(found, np.int64)
 
 
 def _texts_of_ids(pipeline: Pipeline, batch: Batch) -> dict[int, int | str]:
-    """By 64-bit id, the ids of the events as the stream has them."""
-    stream, events = pipeline.stream, batch.where(batch.kinds == EVENT)
-    ids: list[int] = events.ids.tolist()
-    if stream.fields[stream.id].type != "string":
-        return {i: i for i in ids}
-    decode = texts(stream, [stream.id])
-    return {i: getattr(decode(p), stream.id) for i, p in zip(ids, events.payloads, strict=True)}
+    """By 64-bit id, the ids of the events as their streams have them."""
+    events = batch.where(batch.kinds == EVENT)
+    return dict(zip(events.ids.tolist(), given_ids(pipeline)(events), strict=True))
 
 
 def _fold(pipeline: Pipeline, entity: Entity, batch: Batch) -> tuple[Arena, Bytes]:
     """The key's profile, in slot 0, and the outcomes."""
-    numeric = [f.name for f in pipeline.stream.columns]
+    numeric = [f.name for f in pipeline.columns]
     columns = np.array([numeric.index(v) for v in entity.values], np.int64)
     arena = arena_for(entity, np.zeros(1, np.int64))
     _, outcomes = arena.fold(
         np.zeros(len(batch), np.int64), batch.kinds, batch.times, batch.ids,
         np.ascontiguousarray(batch.fields[:, columns]), batch.labels,
-        Filters(entity, pipeline.stream.columns).of(batch.fields),
+        Filters(entity, pipeline.columns).of(batch.fields),
     )  # fmt: skip
     return arena, outcomes
 
@@ -257,7 +258,7 @@ async def _served(
     if entity is last:
         partition, offset = log.partition, int(log.offsets[row])
     else:
-        keys = next_keys(pipeline, len(pipeline.entities) - 1)(event)
+        keys = keys_of(pipeline, len(pipeline.entities) - 1)(event)
         partition, offset = int(partitions_of(keys, event.ids, counts[last.log])[0]), None
     record_key = str(ids[int(event.ids[0])]).encode()
     async with contextlib.aclosing(

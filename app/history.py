@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from models.errors import HeadraceError
-from models.events import event_id, scaled
-from models.fields import Field
+from models.events import EventDecoder, scaled
+from models.fields import Field, joined
 from models.history import History, vectors_of
 from models.pipeline import Pipeline
+from models.streams import Stream
 from models.windows import NEGATIVE, NULL, POSITIVE, UNKNOWN, Bytes, Floats, Ints
 
 
@@ -40,17 +41,68 @@ def instant(text: str) -> int:
 
 @dataclass
 class EventFile:
-    """The rows of a file, in event-time order. known: (n,) when each label became known, if it says so."""
+    """The events of one file, or of one for each stream, in event-time order.
 
-    table: pa.Table
+    tables: by stream; rows: (n,) where each event stands in its stream's table; known: (n,) when each label
+    became known, where the file says so.
+    """
+
+    tables: list[pa.Table]
     history: History
+    rows: Ints
     known: Ints | None
 
 
+def files_of(path: Path, pipeline: Pipeline) -> list[tuple[Stream, Path]]:
+    """Where the events of each stream are: a file, or a folder with STREAM.parquet for each of several."""
+    if len(pipeline.streams) == 1:
+        return [(pipeline.stream, path)]
+    if not path.is_dir():
+        raise FileWrong(
+            f"{path} is no folder; {pipeline.name} has several streams: put them into a folder, as "
+            f"{', '.join(f'{s.name}.parquet' for s in pipeline.streams)}."
+        )
+    return [(stream, path / f"{stream.name}.parquet") for stream in pipeline.streams]
+
+
 def read(path: Path, pipeline: Pipeline) -> EventFile:
-    """Read a Parquet file with a column for each field of the stream, and the label if there is one."""
-    stream = pipeline.stream
-    labels = pipeline.labels
+    """Read Parquet with a column for each field of a stream, and the first stream's labels if they are there.
+
+    path: a file, or with several streams a folder (see `files_of`). Events of one time are in the order of
+    the streams.
+    """
+    tables = [_table(file, stream, pipeline) for stream, file in files_of(path, pipeline)]
+    parts = [
+        _history(path, table, stream, pipeline)
+        for table, stream in zip(tables, pipeline.streams, strict=True)
+    ]
+    known = _known(tables[0], pipeline, path)
+    if len(parts) == 1:
+        return EventFile(tables, parts[0], np.arange(len(tables[0])), known)
+    together = History(
+        np.concatenate([p.times for p in parts]),
+        np.concatenate([p.ids for p in parts]),
+        np.concatenate([p.fields for p in parts]),
+        _keys_together(tables, pipeline),
+        _padded(parts[0].labels, parts, UNKNOWN),
+        np.concatenate([p.streams for p in parts]),
+    )
+    order = np.argsort(together.times, kind="stable")
+    rows = np.concatenate([np.arange(len(table)) for table in tables])
+    known = _padded(known, parts, NULL)
+    return EventFile(tables, together.take(order), rows[order], None if known is None else known[order])
+
+
+def _padded(first: Any, parts: list[History], nothing: int) -> Any:
+    """What the first stream's events have, and nothing for those of the others."""
+    if first is None:
+        return None
+    return np.concatenate([first, *(np.full(len(p.times), nothing, first.dtype) for p in parts[1:])])
+
+
+def _table(path: Path, stream: Stream, pipeline: Pipeline) -> pa.Table:
+    """A stream's file, in event-time order."""
+    labels = pipeline.labels if stream is pipeline.stream else None
     wanted = [*stream.fields, *([labels.field, labels.known] if labels else [])]
     try:
         schema = pq.read_schema(path)
@@ -65,36 +117,79 @@ def read(path: Path, pipeline: Pipeline) -> EventFile:
         raise FileWrong(f"{path} cannot be read as Parquet ({error}).") from None
     times = _integers(table, stream.fields[stream.time], path)
     if bool((times[1:] < times[:-1]).any()):
-        order = np.argsort(times, kind="stable")
-        table, times = table.take(pa.array(order)), times[order]
-    fields = np.empty((len(table), len(stream.columns)), np.int64)
-    for i, field in enumerate(stream.columns):
-        fields[:, i] = times if field.name == stream.time else _integers(table, field, path)
-    keys = {e.name: _codes(table[e.key]) for e in pipeline.entities}
-    state = known = None
-    if labels is not None and labels.field in table.column_names:
-        state = _states(table[labels.field])
-        if labels.known in table.column_names:
-            known = _integers(
-                table, Field(labels.known, "timestamp", unit=stream.fields[stream.time].unit), path
-            )
-    return EventFile(table, History(times, _ids(table, pipeline), fields, keys, state), known)
+        table = table.take(pa.array(np.argsort(times, kind="stable")))
+    return table
+
+
+def _history(path: Path, table: pa.Table, stream: Stream, pipeline: Pipeline) -> History:
+    fields = np.tile(EventDecoder(pipeline, stream).blank, (len(table), 1))
+    for i, field in enumerate(pipeline.columns):
+        if field.name in stream.fields:
+            fields[:, i] = _integers(table, stream.fields[field.name], path)
+    times = _integers(table, stream.fields[stream.time], path)
+    labels = pipeline.labels if stream is pipeline.stream else None
+    there = labels is not None and labels.field in table.column_names
+    return History(
+        times,
+        _ids(table, stream),
+        fields,
+        _keys_together([table], pipeline) if len(pipeline.streams) == 1 else {},
+        _states(table[labels.field]) if labels is not None and there else None,
+        np.full(len(table), stream.number),
+    )
+
+
+def _known(table: pa.Table, pipeline: Pipeline, path: Path) -> Ints | None:
+    stream, labels = pipeline.stream, pipeline.labels
+    if labels is None or labels.known not in table.column_names:
+        return None
+    return _integers(table, Field(labels.known, "timestamp", unit=stream.fields[stream.time].unit), path)
+
+
+def _keys_together(tables: list[pa.Table], pipeline: Pipeline) -> dict[str, Ints]:
+    """By entity, codes of the keys of all tables' rows, one behind the other."""
+    found = {}
+    for entity in pipeline.entities:
+        columns = [
+            key_column(table, entity.keys) if entity.is_of(stream) else pa.nulls(len(table))
+            for table, stream in zip(tables, pipeline.streams, strict=True)
+        ]
+        found[entity.name] = _codes(pa.chunked_array(_of_one_type(columns)))
+    return found
+
+
+def key_column(table: pa.Table, keys: Sequence[str]) -> Any:
+    """What each row is keyed by: a column, or the text of several."""
+    if len(keys) == 1:
+        return table[keys[0]].combine_chunks()
+    rows = zip(*(table[key].to_pylist() for key in keys), strict=True)
+    return pa.array([joined(row) for row in rows], pa.string())
+
+
+def _of_one_type(columns: list[Any]) -> list[Any]:
+    kinds = [c.type for c in columns if not pa.types.is_null(c.type)]
+    kind = kinds[0] if kinds else pa.null()
+    if any(k != kind for k in kinds):  # int32 in one file and int64 in another, say
+        kind = pa.int64() if pa.types.is_integer(kind) else pa.string()
+    return [pc.cast(column, kind) for column in columns]
 
 
 def compute(source: Path, target: Path, pipeline: Pipeline) -> int:
-    """Fold a file's events and write their vectors: how many rows.
+    """Fold the events of a file, or of a folder with one for each stream, and write the first stream's vectors: how
+    many rows.
 
     The target has the event id, the event time, the vector's columns (float64) and, where the source
     has it, the label.
     """
     file = read(source, pipeline)
-    stream = pipeline.stream
-    vectors = vectors_of(pipeline, file.history)
-    columns: dict[str, Any] = {stream.id: file.table[stream.id], stream.time: file.table[stream.time]}
+    stream, table = pipeline.stream, file.tables[0]
+    first = file.history.streams == 0
+    vectors = vectors_of(pipeline, file.history)[first]
+    columns: dict[str, Any] = {stream.id: table[stream.id], stream.time: table[stream.time]}
     for i, name in enumerate(pipeline.vector):
         columns[name] = pa.array(np.ascontiguousarray(vectors[:, i]))
-    if pipeline.labels is not None and pipeline.labels.field in file.table.column_names:
-        columns[pipeline.labels.field] = file.table[pipeline.labels.field]
+    if pipeline.labels is not None and pipeline.labels.field in table.column_names:
+        columns[pipeline.labels.field] = table[pipeline.labels.field]
     table = pa.table(columns).replace_schema_metadata({"definition": pipeline.definition})
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
@@ -103,7 +198,7 @@ def compute(source: Path, target: Path, pipeline: Pipeline) -> int:
     return len(table)
 
 
-def tables(path: Path, pipeline: Pipeline) -> Iterator[pa.Table]:
+def tables(path: Path, stream: Stream) -> Iterator[pa.Table]:
     """A Parquet or CSV file in pieces, with all that it has, checked against nothing. Raises FileWrong.
 
     A CSV column of a string field is text whatever it looks like; of the others the first megabyte decides.
@@ -111,7 +206,7 @@ def tables(path: Path, pipeline: Pipeline) -> Iterator[pa.Table]:
     kind = "CSV" if path.suffix == ".csv" else "Parquet"
     try:
         if kind == "CSV":
-            texts = {f.name: pa.string() for f in pipeline.stream.fields.values() if f.type == "string"}
+            texts = {f.name: pa.string() for f in stream.fields.values() if f.type == "string"}
             options = pcsv.ConvertOptions(column_types=texts, strings_can_be_null=True)
             batches = pcsv.open_csv(path, convert_options=options)
         else:
@@ -227,11 +322,10 @@ def _texts(column: Any, field: Field) -> Ints:
     return found
 
 
-def _ids(table: pa.Table, pipeline: Pipeline) -> Ints:
-    stream = pipeline.stream
+def _ids(table: pa.Table, stream: Stream) -> Ints:
     if stream.fields[stream.id].type == "int":
-        return np.asarray(pc.cast(table[stream.id], pa.int64()).to_numpy(), np.int64)
-    return np.array([event_id(i) for i in table[stream.id].to_pylist()], np.int64)
+        return np.asarray(pc.cast(table[stream.id], pa.int64()).to_numpy(), np.int64) ^ stream.salt
+    return np.array([stream.identity(i) for i in table[stream.id].to_pylist()], np.int64)
 
 
 def _codes(column: Any) -> Ints:

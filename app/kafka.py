@@ -119,14 +119,9 @@ async def admin(address: str) -> AsyncIterator[AIOKafkaAdminClient]:
 def wanted_topics(pipeline: Pipeline) -> dict[str, int | None]:
     """The topics of a pipeline, each with how long it keeps records, ms; None: the last of each key."""
     reach = max(e.retention for e in pipeline.entities) + SPARE_MS
-    topics: dict[str, int | None] = {
-        pipeline.stream.topic: reach,
-        **{e.log: reach for e in pipeline.entities},
-    }
-    if pipeline.labels is not None:
-        topics[pipeline.labels.topic] = reach
+    kept = [x.topic for x in (*pipeline.streams, *pipeline.said)] + [e.log for e in pipeline.entities]
     return {
-        **topics,
+        **dict.fromkeys(kept, reach),
         pipeline.predictions: OUTPUT_MS,
         pipeline.dead_letters: OUTPUT_MS,
         pipeline.control: None,

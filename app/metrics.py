@@ -38,7 +38,7 @@ HELD: _Family = (
 )
 REBALANCES: _Family = ("headrace_rebalances", "How often partitions were shared out anew", [])
 PREDICTIONS: _Family = ("headrace_predictions", "Predictions sent to Kafka", [])
-LABELS: _Family = ("headrace_labels_routed", "Labels written to the entities' logs", [])
+ROUTED: _Family = ("headrace_routed", "Records of a topic that were written to the entities' logs", ["topic"])
 DEAD_LETTERS: _Family = ("headrace_dead_letters", "Records sent to the dead letters", [])
 MIRRORED: _Family = ("headrace_mirrored", "Profiles written to the mirror", [])
 MIRROR_REBUILDING: _Family = (
@@ -85,11 +85,14 @@ class WorkerCollector(Collector):
         held = GaugeMetricFamily(*_of(HELD))
         for tp in sorted(worker.partitions.held):
             held.add_metric([tp.topic, str(tp.partition)], 1)
+        routed = CounterMetricFamily(*_of(ROUTED))
+        for topic, route in worker.routes.items():
+            routed.add_metric([topic], route.routed)
         yield from (records, profiles, sizes, loaded, evicted, skews, positions, held)
         yield from _of_models(worker.serving)
         yield CounterMetricFamily(*REBALANCES[:2], value=worker.partitions.rebalances)
         yield CounterMetricFamily(*PREDICTIONS[:2], value=worker.score.predicted)
-        yield CounterMetricFamily(*LABELS[:2], value=worker.route.routed if worker.route else 0)
+        yield routed
         yield CounterMetricFamily(*DEAD_LETTERS[:2], value=worker.dead_letters)
         yield CounterMetricFamily(*MIRRORED[:2], value=worker.mirror.written)
         yield GaugeMetricFamily(*MIRROR_UP[:2], value=worker.mirror.failing is None)

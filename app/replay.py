@@ -28,7 +28,7 @@ TICK_S = 0.002  # between looks at what is due: the grain of an even rate
 
 @dataclass
 class Tape:
-    """What is to be sent, in its order: events and labels, n in all.
+    """What is to be sent, in its order: events of all streams and labels, n in all.
 
     rows: (n,) of the history; is_label: (n,); keys, values: the records.
     """
@@ -43,45 +43,31 @@ class Tape:
     def events(self) -> int:
         return int((~self.is_label).sum())
 
+    def scored(self, pipeline: Pipeline) -> int:
+        """How many of the events are predicted."""
+        scored = np.array([stream.scored for stream in pipeline.streams])
+        return int(scored[self.history.streams[self.rows[~self.is_label]]].sum())
+
 
 def tape(path: Path, pipeline: Pipeline, start: str | None = None, end: str | None = None) -> Tape:
-    """Read a file and encode what of it lies in [start, end), days or times in ISO form, UTC."""
+    """Read a file (app.history.read) and encode what of it lies in [start, end), days or times in ISO form, UTC."""
     file = history.read(path, pipeline)
     times = file.history.times
     low = np.searchsorted(times, history.instant(start)) if start else 0
     high = np.searchsorted(times, history.instant(end)) if end else len(times)
     if low >= high:
         raise HeadraceError(f"{path} has no events between {start} and {end}.")
-    span = slice(int(low), int(high))
-    table = file.table.slice(span.start, span.stop - span.start)
-    h = file.history
-    part = History(
-        h.times[span], h.ids[span], h.fields[span], {k: v[span] for k, v in h.keys.items()},
-        None if h.labels is None else h.labels[span],
-    )  # fmt: skip
-    return _record(table, part, None if file.known is None else file.known[span], pipeline)
-
-
-def _record(table: pa.Table, part: History, known: Ints | None, pipeline: Pipeline) -> Tape:
-    stream, labels = pipeline.stream, pipeline.labels
-    n = len(table)
-    values = history.as_json(table, list(stream.fields.values()))
-    keys = _keys(table[pipeline.entities[0].key])
-    if labels is None or part.labels is None or known is None:
-        return Tape(part, np.arange(n), np.zeros(n, np.bool_), keys, values)
+    span = np.arange(low, high)
+    part = file.history.take(span)
+    values, keys = _events(file, file.rows[span], part, pipeline)
+    if pipeline.labels is None or part.labels is None or file.known is None:
+        return Tape(part, np.arange(len(span)), np.zeros(len(span), np.bool_), keys, values)
     # Labels go before events of the same time: what is known at t may be used at t.
     labelled = np.flatnonzero(part.labels != UNKNOWN)
-    order = np.argsort(np.concatenate([known[labelled], part.times]), kind="stable")
-    named = [stream.id, stream.time, *dict.fromkeys(e.key for e in pipeline.entities if e.labelled)]
-    fields = [stream.fields[name] for name in named]
-    fields += [
-        Field(labels.field, "int"),
-        Field(labels.known, "timestamp", unit=stream.fields[stream.time].unit),
-    ]
-    label_table = table.take(pa.array(labelled))
-    values = history.as_json(label_table, fields) + values
-    keys = _keys(label_table[stream.id]) + keys
-    rows = np.concatenate([labelled, np.arange(n)])
+    order = np.argsort(np.concatenate([file.known[span][labelled], part.times]), kind="stable")
+    label_values, label_keys = _labels(file.tables[0].take(pa.array(file.rows[span][labelled])), pipeline)
+    values, keys = label_values + values, label_keys + keys
+    rows = np.concatenate([labelled, np.arange(len(span))])
     return Tape(
         part,
         rows[order],
@@ -89,6 +75,34 @@ def _record(table: pa.Table, part: History, known: Ints | None, pipeline: Pipeli
         [keys[i] for i in order.tolist()],
         [values[i] for i in order.tolist()],
     )
+
+
+Records = tuple[list[bytes], list[bytes | None]]  # values and keys
+
+
+def _events(file: history.EventFile, rows: Ints, part: History, pipeline: Pipeline) -> Records:
+    """The records of events, of whichever stream each is."""
+    first, n = pipeline.entities[0], len(rows)
+    values: list[bytes] = [b""] * n
+    keys: list[bytes | None] = [None] * n
+    for stream, whole in zip(pipeline.streams, file.tables, strict=True):
+        places = np.flatnonzero(part.streams == stream.number)
+        table = whole.take(pa.array(rows[places]))
+        found = history.as_json(table, list(stream.fields.values()))
+        named = _keys(history.key_column(table, first.keys)) if first.is_of(stream) else [None] * len(found)
+        for place, value, key in zip(places.tolist(), found, named, strict=True):
+            values[place], keys[place] = value, key
+    return values, keys
+
+
+def _labels(table: pa.Table, pipeline: Pipeline) -> Records:
+    stream, labels = pipeline.stream, pipeline.labels
+    assert labels is not None
+    named = [stream.id, stream.time, *(k for e in pipeline.entities if e.labelled for k in e.keys)]
+    fields = [stream.fields[name] for name in dict.fromkeys(named)]
+    known = Field(labels.known, "timestamp", unit=stream.fields[stream.time].unit)
+    fields += [Field(labels.field, "int"), known]
+    return history.as_json(table, fields), _keys(table[stream.id])
 
 
 async def publish(
@@ -147,16 +161,15 @@ async def _due(tape: Tape, rate: float | None, started: float, outbox: Outbox, s
 
 
 def _put(tape: Tape, low: int, high: int, pipeline: Pipeline, counts: dict[str, int], outbox: Outbox) -> None:
-    ids = tape.history.ids[tape.rows[low:high]]
-    keys, values = tape.keys[low:high], tape.values[low:high]
-    event_targets = partitions_of(keys, ids, counts[pipeline.stream.topic]).tolist()
-    labels = pipeline.labels
-    label_targets = partitions_of(keys, ids, counts[labels.topic]).tolist() if labels else event_targets
-    for i, is_label in enumerate(tape.is_label[low:high].tolist()):
-        if is_label and labels is not None:
-            outbox.put(labels.topic, label_targets[i], keys[i], values[i])
-        else:
-            outbox.put(pipeline.stream.topic, event_targets[i], keys[i], values[i])
+    rows = tape.rows[low:high]
+    ids, keys, values = tape.history.ids[rows], tape.keys[low:high], tape.values[low:high]
+    topics = [stream.topic for stream in pipeline.streams] + (
+        [pipeline.labels.topic] if pipeline.labels else []
+    )
+    targets = [partitions_of(keys, ids, counts[topic]).tolist() for topic in topics]
+    which = np.where(tape.is_label[low:high], len(topics) - 1, tape.history.streams[rows])
+    for i, to in enumerate(which.tolist()):
+        outbox.put(topics[to], targets[to][i], keys[i], values[i])
 
 
 def parse_rate(text: str) -> float | None:

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
@@ -24,7 +23,7 @@ from app.settings import OFF, Settings
 from app.settings import environment as as_variables
 from models.errors import HeadraceError
 from models.pipeline import Pipeline
-from models.predictions import Prediction
+from models.predictions import Prediction, identity
 from tables.mirror import Mirror, connect
 
 READY_S = 60.0
@@ -191,18 +190,25 @@ class Process:
 
 
 class Predictions:
-    """Reads the predictions of an instance as they come, with the time at which each arrived."""
+    """Reads the predictions of an instance as they come, with the time at which each arrived.
 
-    def __init__(self, address: str, topic: str, seen: Callable[[Prediction], None] | None = None) -> None:
-        self._address, self._topic, self._seen = address, topic, seen
-        self.ids: list[Any] = []
+    ids: the 64-bit ones of the events.
+    """
+
+    def __init__(
+        self, address: str, pipeline: Pipeline, seen: Callable[[Prediction], None] | None = None
+    ) -> None:
+        self._address, self._pipeline, self._seen = address, pipeline, seen
+        self.ids: list[int] = []
         self.arrived: list[float] = []  # seconds since the epoch
         self.scores: list[float] = []
 
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[Predictions]:
         """Read in the background, from now on."""
-        async with client.Predictions(self._address, self._topic, start="latest") as predictions:
+        async with client.Predictions(
+            self._address, self._pipeline.predictions, start="latest"
+        ) as predictions:
             task = asyncio.create_task(self._read(predictions))
             try:
                 yield self
@@ -212,7 +218,7 @@ class Predictions:
 
     async def _read(self, predictions: client.Predictions) -> None:
         async for prediction in predictions:
-            self.ids.append(prediction.id)
+            self.ids.append(identity(self._pipeline, prediction))
             self.arrived.append(time.time())
             self.scores.append(prediction.score)
             if self._seen is not None:

@@ -20,8 +20,10 @@ from app import history, kafka, verify
 from app.history import FileWrong
 from models.errors import HeadraceError
 from models.estimates import rows_per_key
-from models.events import LATEST_MS, EventDecoder, LabelDecoder, Reject, texts
+from models.events import LATEST_MS, Batch, EventDecoder, LabelDecoder, Reject
 from models.pipeline import Pipeline
+from models.records import keys_of
+from models.streams import Stream
 from models.windows import Ints
 
 NEWEST = 1000  # records of a topic that are tried
@@ -70,23 +72,22 @@ class Sizes:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._entities = pipeline.entities
-        self._keys_of = texts(pipeline.stream, list(dict.fromkeys(e.key for e in pipeline.entities)))
-        self._codes: dict[str, dict[Any, int]] = {e.key: {None: -1} for e in pipeline.entities}
+        self._keys_of = [keys_of(pipeline, number) for number in range(len(pipeline.entities))]
+        self._codes: list[dict[bytes | None, int]] = [{None: -1} for _ in pipeline.entities]
         self._times: list[Ints] = []
-        self._found: dict[str, list[int]] = {key: [] for key in self._codes}
+        self._found: dict[str, list[int]] = {e.name: [] for e in pipeline.entities}
 
-    def add(self, times: Ints, payloads: Sequence[bytes]) -> None:
-        """Events that were decoded: their times (n,) ms and JSON."""
-        self._times.append(times)
-        events = [self._keys_of(payload) for payload in payloads]
-        for key, codes in self._codes.items():
-            self._found[key] += [codes.setdefault(getattr(e, key), len(codes) - 1) for e in events]
+    def add(self, batch: Batch) -> None:
+        """Events that were decoded."""
+        self._times.append(batch.times)
+        for entity, keys, codes in zip(self._entities, self._keys_of, self._codes, strict=True):
+            self._found[entity.name] += [codes.setdefault(k, len(codes) - 1) for k in keys(batch)]
 
     def rows(self) -> dict[str, float]:
         """By entity, the mean number of rows of a profile at the end of what was added."""
         times = np.concatenate([np.empty(0, np.int64), *self._times])
         found = {
-            e.name: rows_per_key(times, np.array(self._found[e.key], np.int64), e.retention)
+            e.name: rows_per_key(times, np.array(self._found[e.name], np.int64), e.retention)
             for e in self._entities
         }
         return {name: rows for name, rows in found.items() if rows is not None}
@@ -113,37 +114,41 @@ class Tried:
 
 
 async def try_topic(address: str, pipeline: Pipeline) -> Tried:
-    """Decode the newest records of the stream, and of the labels. Raises TopicsWrong, BrokerUnreachable."""
-    stream, labels = pipeline.stream, pipeline.labels
-    names = [stream.topic] + ([labels.topic] if labels else [])
-    counts = await kafka.partitions_of(address, names)
-    if not counts[stream.topic]:
-        raise kafka.TopicsWrong(
-            f"Kafka has no topic {stream.topic}; name an instance whose topics exist (--as)."
-        )
-    sizes, decoder = Sizes(pipeline), EventDecoder(pipeline)
-    trials = [Trial(f"topic {stream.topic}", frozenset(stream.fields))]
-    records = await _newest(address, stream.topic, counts[stream.topic])
+    """Decode the newest records of what others write. Raises TopicsWrong, BrokerUnreachable."""
+    counts = await kafka.partitions_of(address, [x.topic for x in (*pipeline.streams, *pipeline.said)])
+    for stream in pipeline.streams:
+        if not counts[stream.topic]:
+            raise kafka.TopicsWrong(
+                f"Kafka has no topic {stream.topic}; name an instance whose topics exist (--as)."
+            )
+    sizes = Sizes(pipeline)
+    trials = [await _try_stream(address, pipeline, s, counts[s.topic], sizes) for s in pipeline.streams]
+    for said in pipeline.said:
+        if counts[said.topic]:
+            decoder = LabelDecoder(pipeline, said)
+            trials.append(Trial(f"topic {said.topic}", decoder.fields))
+            values = [r.value or b"" for r in await _newest(address, said.topic, counts[said.topic])]
+            _note(trials[-1], values, decoder.decode(values)[2])
+    return Tried(trials, sizes)
+
+
+async def _try_stream(
+    address: str, pipeline: Pipeline, stream: Stream, partitions: int, sizes: Sizes
+) -> Trial:
+    trial = Trial(f"topic {stream.topic}", frozenset(stream.fields))
+    records = await _newest(address, stream.topic, partitions)
     sent = np.array([r.timestamp for r in records], np.int64)
     values = [r.value or b"" for r in records]
-    batch, kept, rejects = decoder.decode(values, sent)
-    _note(trials[0], values, rejects)
+    batch, kept, rejects = EventDecoder(pipeline, stream).decode(values, sent)
+    _note(trial, values, rejects)
     logs = np.array([r.partition for r in records], np.int64)[kept]
-    home = verify.at_home(batch, logs, counts[stream.topic])
-    if not home.all():
-        wrong = (
-            "wrong-key",
-            f"it is not in the partition of its {decoder.key}: publish it with that as record key",
-        )
-        trials[0].refused[wrong] = int((~home).sum())
-    sizes.add(batch.times, batch.payloads)
-    if labels is not None and counts[labels.topic]:
-        label_decoder = LabelDecoder(pipeline)
-        fields = frozenset({stream.id, stream.time, *label_decoder.keys, labels.field, labels.known})
-        trials.append(Trial(f"topic {labels.topic}", fields))
-        values = [r.value or b"" for r in await _newest(address, labels.topic, counts[labels.topic])]
-        _note(trials[1], values, label_decoder.decode(values)[2])
-    return Tried(trials, sizes)
+    home = verify.at_home(batch, logs, partitions)
+    if not pipeline.routed and not home.all():
+        key = pipeline.entities[0].key
+        wrong = ("wrong-key", f"it is not in the partition of its {key}: publish it with that as record key")
+        trial.refused[wrong] = int((~home).sum())
+    sizes.add(batch)
+    return trial
 
 
 async def _newest(address: str, topic: str, partitions: int) -> list[Any]:
@@ -157,25 +162,34 @@ async def _newest(address: str, topic: str, partitions: int) -> list[Any]:
 
 
 def try_file(path: Path, pipeline: Pipeline) -> Tried:
-    """Decode a Parquet, CSV or NDJSON file as if it were published. Raises FileWrong."""
-    stream, labels = pipeline.stream, pipeline.labels
-    sizes, decode = Sizes(pipeline), EventDecoder(pipeline).decode
+    """Decode a Parquet, CSV or NDJSON file as if it were published, or a folder with one for each stream.
+
+    Raises FileWrong.
+    """
+    sizes = Sizes(pipeline)
+    trials = [_try_stream_file(p, pipeline, stream, sizes) for stream, p in history.files_of(path, pipeline)]
+    return Tried(trials, sizes)
+
+
+def _try_stream_file(path: Path, pipeline: Pipeline, stream: Stream, sizes: Sizes) -> Trial:
+    decode = EventDecoder(pipeline, stream).decode
     trial = Trial(str(path), frozenset(stream.fields))
-    of_labels = {labels.field, labels.known} if labels else set()
-    for values, names in (_lines if path.suffix in NDJSON else _rows)(path, pipeline):
+    labels = pipeline.labels
+    for values, names in (_lines if path.suffix in NDJSON else _rows)(path, stream):
         sent = np.full(len(values), LATEST_MS, np.int64)  # a file does not say when it was sent
         batch, _, rejects = decode(values, sent)
         _note(trial, values, rejects)
         trial.occurring |= names
-        sizes.add(batch.times, batch.payloads)
-    trial.occurring -= of_labels  # a file may carry the labels of its events
-    return Tried([trial], sizes)
+        sizes.add(batch)
+    # a file may carry the labels of its events
+    trial.occurring -= {labels.field, labels.known} if labels else set()
+    return trial
 
 
 Pieces = Iterator[tuple[list[bytes], set[str]]]  # JSON of events, and columns with a value that are not in it
 
 
-def _lines(path: Path, _: Pipeline) -> Pieces:
+def _lines(path: Path, _: Stream) -> Pieces:
     try:
         with path.open("rb") as file:
             while lines := [line.rstrip(b"\r\n") for line in islice(file, LINES)]:
@@ -184,10 +198,10 @@ def _lines(path: Path, _: Pipeline) -> Pieces:
         raise FileWrong(f"{path} cannot be read ({error.strerror}).") from None
 
 
-def _rows(path: Path, pipeline: Pipeline) -> Pieces:
-    for table in history.tables(path, pipeline):
+def _rows(path: Path, stream: Stream) -> Pieces:
+    for table in history.tables(path, stream):
         names = {name for name in table.column_names if table[name].null_count < len(table)}
-        fields = [f for f in pipeline.stream.fields.values() if f.name in table.column_names]
+        fields = [f for f in stream.fields.values() if f.name in table.column_names]
         yield history.as_json(table, fields), names
 
 

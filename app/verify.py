@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from app import kafka
-from models.events import Batch, EventDecoder, event_id, key_bytes
+from models.events import Batch, EventDecoder, key_bytes, streams_of
 from models.fields import Field
 from models.filters import Filters
 from models.history import History, arena_for, vectors_of
 from models.partitions import partitions_of
 from models.pipeline import Entity, Pipeline
-from models.predictions import Prediction, decode
+from models.predictions import Prediction, decode, identities
 from models.records import NEVER, NEWS, RecordCodec, fresh, loosened, skew
 from models.vectors import Vectors
 from models.windows import DUPLICATE, EVENT, NULL, Floats, Ints
@@ -61,6 +61,7 @@ class Expected:
     """What the logs say: vectors (n, width) of the events with these ids (n,), sorted by id.
 
     places: (n, entities, 2), partition and offset in each entity's log, -1 where it is not in it.
+    rejected: bad input of the streams; unrouted: good events of which the first log has nothing.
     """
 
     ids: Ints
@@ -68,6 +69,7 @@ class Expected:
     places: Ints
     latest: list[Latest]
     rejected: int
+    unrouted: int = 0
 
     def rows(self, ids: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
         """Where these ids stand, and which are there at all."""
@@ -81,14 +83,14 @@ async def check(pipeline: Pipeline, address: str) -> tuple[Verdict, Expected]:
     """Fold the logs as they are now, and compare with the predictions as they are now."""
     expected = await fold_logs(pipeline, address)
     predictions = [decode(r.value) async for r in kafka.read_between(address, pipeline.predictions)]
-    ids = np.array([event_id(p.id) for p in predictions], np.int64)
+    ids = identities(pipeline, predictions)
     unique, counts = np.unique(ids, return_counts=True)
     wrong = differing(pipeline, expected, predictions)
     return (
         Verdict(
             events=len(expected.ids),
             predictions=len(predictions),
-            lost=int((~np.isin(expected.ids, unique)).sum()),
+            lost=int((~np.isin(expected.ids, unique)).sum()) + expected.unrouted,
             doubled=int((counts - 1).sum()),
             differing=int(wrong.sum()),
             cells=len(predictions) * len(pipeline.vector),
@@ -121,25 +123,40 @@ async def lead(pipeline: Pipeline, address: str) -> int:
     return int(skew(logs, sources, batch.clocks[events], reached))
 
 
+async def _inputs(pipeline: Pipeline, address: str, routed: Ints) -> tuple[int, int]:
+    """Of all that was sent to the streams: what is bad, and good events that are not in the first log."""
+    rejected = unrouted = 0
+    for stream in pipeline.streams:
+        records, _, _ = await _read(address, stream.topic)
+        sent = np.array([r.timestamp for r in records], np.int64)
+        batch, _, rejects = EventDecoder(pipeline, stream).decode([r.value or b"" for r in records], sent)
+        rejected += len(rejects)
+        unrouted += int((~np.isin(batch.ids, routed)).sum())
+    return rejected, unrouted
+
+
 async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
-    """The vectors of all events of the stream, by a fold of the logs in log order."""
+    """The vectors of all events that are scored, by a fold of the logs in log order."""
     first = pipeline.entities[0]
     count = (await kafka.partitions_of(address, [first.log]))[first.log]
     records, logs, offsets = await _read(address, first.log)
     batch, kept = Intake(pipeline, 0, count).take(records)
-    features, outcomes, latest = _fold(first, batch, pipeline.stream.columns)
-    on = np.flatnonzero(outcomes != DUPLICATE)
+    features, outcomes, latest = _fold(first, batch, pipeline.columns)
+    scored = np.array([stream.scored for stream in pipeline.streams])[streams_of(pipeline, batch)]
+    on = np.flatnonzero((batch.kinds == EVENT) & (outcomes != DUPLICATE) & scored)
     order = on[np.argsort(batch.ids[on], kind="stable")]
     places = np.full((len(order), len(pipeline.entities), 2), -1, np.int64)
     places[:, 0] = np.stack([logs[kept[order]], offsets[kept[order]]], axis=1)
     expected = Expected(
         batch.ids[order], np.empty((len(order), 0)), places, [latest], len(records) - len(kept)
     )
+    if pipeline.routed:
+        expected.rejected, expected.unrouted = await _inputs(pipeline, address, batch.ids)
     fields, gathered = batch.fields[order], [features[order]]
     for number, entity in enumerate(pipeline.entities[1:], 1):
         records, logs, offsets = await _read(address, entity.log)
         batch, kept = Intake(pipeline, number, int(logs.max(initial=0)) + 1).take(records)
-        features, outcomes, latest = _fold(entity, batch, pipeline.stream.columns)
+        features, outcomes, latest = _fold(entity, batch, pipeline.columns)
         expected.latest.append(latest)
         on = np.flatnonzero((batch.kinds == EVENT) & (outcomes != DUPLICATE))
         rows, known = expected.rows(batch.ids[on])
@@ -154,7 +171,7 @@ async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
 
 def differing(pipeline: Pipeline, expected: Expected, predictions: list[Prediction]) -> npt.NDArray[np.bool_]:
     """Which predictions (n,) have a feature of other bits, or are of no event of the logs."""
-    rows, known = expected.rows(np.array([event_id(p.id) for p in predictions], np.int64))
+    rows, known = expected.rows(identities(pipeline, predictions))
     if not known.any():
         return ~known
     return ~known | ~same(vectors(pipeline, predictions), expected.vectors[rows]).all(axis=1)
@@ -183,7 +200,7 @@ class Intake:
 
     def __init__(self, pipeline: Pipeline, number: int, count: int, cut: bool = False) -> None:
         self._count = count
-        self._events = None if number else EventDecoder(pipeline)
+        self._events = None if number or pipeline.routed else EventDecoder(pipeline, pipeline.stream)
         self._codec = RecordCodec(pipeline, number)
         never = np.full((count, 1), NEVER, np.int64)
         self._seen: Ints = loosened(never) if cut else never

@@ -28,7 +28,7 @@ from agents.flush import Flush
 from agents.in_step import InStep
 from agents.mirror import MirrorAgent
 from agents.outbox import Outbox
-from agents.route import Route
+from agents.route import Route, routes
 from agents.score import Score
 from agents.stage import Stage
 from app import checkpoints, faust_batches, kafka, metrics
@@ -44,7 +44,7 @@ from models.errors import HeadraceError
 from models.events import Clocks, EventDecoder, Reason, clocks
 from models.partitions import partition_of
 from models.pipeline import Pipeline
-from models.records import RecordCodec
+from models.records import RecordCodec, writers
 from tables import homes
 from tables.mirror import Mirror, RedisError, connect
 from tables.model_folder import CHAMPION
@@ -69,9 +69,8 @@ class Partitions:
         self._worker, self.address = worker, address
         self.committable: dict[TP, int] = {}
         self.in_step = worker.in_step
-        labels = worker.pipeline.labels
-        self._labels = labels.topic if labels is not None else ""
-        self.first = (self._labels,) if labels is not None else ()
+        # labels and reversals: what is known at a time goes before events of that time
+        self.first = worker.pipeline.inputs[len(worker.pipeline.streams) :]
         self.log_starts: dict[tuple[str, int], int] = {}  # of what is being opened
         self.held: set[TP] = set()
         self.rebalances = 0
@@ -127,11 +126,11 @@ class Partitions:
             if tp in positions:
                 starts[tp] = self._start(tp, positions[tp] or 0, first[tp], ends[tp])
                 continue
-            # labels: the router keeps no store, and sends again what it must
+            # a router keeps no store, and sends again what it must
             offset, again = committed[tp] or 0, self._again(tp)
             starts[tp] = max(first[tp], offset if again is None else min(again, offset))
-        if worker.route is not None:
-            worker.route.start_at({tp.partition: starts[tp] for tp in assigned if tp not in positions})
+        for topic, route in worker.routes.items():
+            route.start_at({tp.partition: starts[tp] for tp in assigned if tp.topic == topic})
         self.in_step.start(starts, ends, time.monotonic())
         self.held = assigned
         self.rebalances += 1
@@ -186,19 +185,18 @@ class Partitions:
             for partition in stage.partitions:
                 stage.close(partition)
         await worker.producer.release()
-        if worker.route is not None:
-            worker.route.start_at({})
+        for route in worker.routes.values():
+            route.start_at({})
 
-    async def replay(self, stage: int, partition: int, after: int) -> None:
+    async def replay(self, topic: str, partition: int, after: int) -> None:
         """Send again what came behind this offset of a partition, if it is ours: a receiver lacks some of it.
 
         All is closed and opened again, this partition without its store. What was received stays dropped.
         """
         worker = self._worker
-        topic = self._labels if stage < 0 else worker.stages[stage].entity.log
         tp = TP(topic, partition)
-        source = worker.route.positions if stage < 0 and worker.route else worker.stages[stage].positions
-        position = source.get(partition, -1)
+        holder = worker.routes.get(topic) or worker.by_log[topic]
+        position = holder.positions.get(partition, -1)
         if position <= after + 1 or position < self._replays.get(tp, (0, -1))[1]:
             return  # it is another worker's, or comes anyway
         log.warning(
@@ -268,7 +266,7 @@ class Worker:
         self.outbox: Outbox
         self.control: Control
         self.score: Score
-        self.route: Route | None = None
+        self.routes: dict[str, Route] = {}
         self.flush: Flush
 
     def _profiles(self, number: int) -> Profiles:
@@ -282,19 +280,21 @@ class Worker:
                 self.partitions.log_starts[entity.log, partition], at_most,
             )  # fmt: skip
 
-        if number:
-            codec = RecordCodec(pipeline, number)
+        codec = RecordCodec(pipeline, number)
+        own = number > 0 or pipeline.routed  # whether the log is written by stages and routers
+        if own:
             decode: Any = lambda values, keys, sent: codec.decode(values, keys)  # noqa: E731
         else:
-            decoder = EventDecoder(pipeline)
+            decoder = EventDecoder(pipeline, pipeline.stream)
             decode = lambda values, keys, sent: decoder.decode(values, sent)  # noqa: E731
         return Profiles(
             entity, decode, open_store,
             # `seen` has a row for each partition of the log, a pair of columns for each of its writers'.
-            max(self._counts.values()) if number else partitions,
-            pipeline.stream.columns,
-            None if number else partial(partition_of, count=partitions),
+            max(self._counts.values()) if own else partitions,
+            pipeline.columns,
+            None if own else partial(partition_of, count=partitions),
             self._counts[pipeline.entities[number + 1].log] if number + 1 < len(pipeline.entities) else 0,
+            len(codec.writers) if own else 1,
         )  # fmt: skip
 
     async def start(self) -> None:
@@ -304,7 +304,8 @@ class Worker:
         await self.producer.start(kafka.wanted_topics(pipeline))
         self.wire()
         self.control = Control(
-            self.address, pipeline.control, self.in_step, self.stages, self.outbox, self.partitions.replay,
+            self.address, pipeline.control, self.in_step, self.stages, self.outbox,
+            {e.log: writers(pipeline, n) for n, e in enumerate(pipeline.entities)}, self.partitions.replay,
         )  # fmt: skip
         for stage in self.stages:
             stage.warm()
@@ -330,12 +331,11 @@ class Worker:
         pipeline = self.pipeline
         self.outbox = Outbox(self.producer, self._now_ms, stop_at_once)
         self.score = Score(pipeline, self.stages[-1], self.serving.models, self.outbox, self._reject)
-        if pipeline.labels is not None and any(e.labelled for e in pipeline.entities):
-            self.route = Route(pipeline, self.outbox, self._reject_record, self._counts)
+        found = routes(pipeline, self.outbox, self._reject_record, self._counts)
+        self.routes = {route.topic: route for route in found}
         self.flush = Flush(
-            self.stages, self.route, self.outbox, self.partitions.committed,
-            pipeline.labels.topic if pipeline.labels else None, self.settings.profiles_mib * 2**20,
-        )  # fmt: skip
+            self.stages, found, self.outbox, self.partitions.committed, self.settings.profiles_mib * 2**20
+        )
 
     async def stop(self) -> None:
         """In good order: nothing that was folded has to be folded again."""
@@ -350,10 +350,11 @@ class Worker:
         self.watchdog.stop()
 
     def agents(self, app: faust.App) -> None:
-        """Declare the Faust agents: one for the labels, one for each entity."""
+        """Declare the Faust agents: one for each topic that is routed, one for each entity."""
         pipeline = self.pipeline
-        if pipeline.labels is not None and any(e.labelled for e in pipeline.entities):
-            self._agent(app, "route", pipeline.labels.topic, lambda: self.route)
+        for topic in pipeline.inputs:
+            if topic not in self.by_log:
+                self._agent(app, f"route-{topic}", topic, partial(self._route, topic))
         for number, entity in enumerate(pipeline.entities[:-1]):
             following = self._counts[pipeline.entities[number + 1].log]
             self._agent(
@@ -362,6 +363,9 @@ class Worker:
             )  # fmt: skip
         last = pipeline.entities[-1]
         self._agent(app, f"score-{last.name}", last.log, lambda: self.score)
+
+    def _route(self, topic: str) -> Route:
+        return self.routes[topic]
 
     def _stage(self, number: int, following: int) -> Stage:
         return Stage(self.pipeline, number, self.stages[number], self.outbox, self._reject, following)
@@ -530,10 +534,14 @@ def say(text: str) -> None:
 
 def _in_step(pipeline: Pipeline) -> list[dict[str, Clocks]]:
     """The topics that feed one and the same log, and so are to be read in step."""
-    stream, labels, entities = pipeline.stream, pipeline.labels, pipeline.entities
-    if len(entities) < 2:
-        return []
-    first: dict[str, Clocks] = {entities[0].log: clocks(stream, stream.time)}
-    if labels is not None and any(e.labelled for e in entities):
-        first[labels.topic] = clocks(stream, labels.known)
-    return [first] + [{e.log: RecordCodec(pipeline, n).clocks} for n, e in enumerate(entities[1:-1], 1)]
+    entities = pipeline.entities
+    first: dict[str, Clocks] = {stream.topic: clocks(stream) for stream in pipeline.streams}
+    for said in pipeline.said:
+        if said.topic in pipeline.inputs:
+            first[said.topic] = clocks(pipeline.stream, said.known)
+    logs: list[dict[str, Clocks]] = [
+        {e.log: RecordCodec(pipeline, n).clocks} for n, e in enumerate(entities[:-1])
+    ]
+    if pipeline.routed:
+        return [first, *logs]
+    return [first, *logs[1:]] if len(entities) > 1 else []

@@ -1,13 +1,14 @@
 """Events as columns: JSON of a stream in, arrays out, bad input told apart with its reason.
 
-Numbers live in one int64 block, a column for each of the stream's `columns` in their order (see
-models.fields). So a block moves between stages, and between stream and batch, without a conversion.
+Numbers live in one int64 block, a column for each of the pipeline's `columns` in their order (see
+models.fields); what a stream does not carry is absent. So a block moves between stages, and between
+stream and batch, without a conversion.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -15,9 +16,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from models.fields import Field, event_id
-from models.pipeline import Labels, Pipeline, Stream
-from models.windows import EVENT, LABEL, NEGATIVE, NULL, POSITIVE, UNKNOWN, Bytes, Floats, Ints
+from models.fields import Field, event_id, joined
+from models.pipeline import Labels, Pipeline, Reversals
+from models.streams import WHICH, Stream
+from models.windows import EVENT, LABEL, NEGATIVE, NULL, POSITIVE, REVERSED, UNKNOWN, Bytes, Floats, Ints
 
 Key = int | str | bytes | None
 
@@ -37,6 +39,7 @@ _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _PER_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000)}
 # What a decoder raises: RecursionError is for JSON nested thousands deep.
 _UNDECODABLE = (msgspec.MsgspecError, TypeError, UnicodeDecodeError, RecursionError)
+_BLANK_FLOAT = int(np.array(np.nan).view(np.int64))
 _LABELS = {0: NEGATIVE, 1: POSITIVE, None: UNKNOWN}
 
 
@@ -142,14 +145,25 @@ def scaled(values: Floats, divisor: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
 
 
 class EventDecoder:
-    """Decodes a stream's JSON, keyed by the first entity's key, whose log the stream is."""
+    """Decodes a stream's JSON, keyed by the first entity's key."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.stream = stream = pipeline.stream
-        self.key = pipeline.entities[0].key
+    def __init__(self, pipeline: Pipeline, stream: Stream) -> None:
+        self.stream = stream
+        first = pipeline.entities[0]
+        self.keys = first.keys if first.is_of(stream) else ()
         summed = {name for e in pipeline.entities for name in e.values}
         fields = list(stream.fields.values())
-        self.columns = [(f, _column(f)) for f in stream.columns]
+        self.columns = [
+            (at, stream.fields[f.name], _column(stream.fields[f.name]))
+            for at, f in enumerate(pipeline.columns)
+            if f.name in stream.fields
+        ]
+        # what the columns hold that the stream does not carry
+        self.blank = np.array(
+            [_BLANK_FLOAT if f.type == "float" else NULL for f in pipeline.columns], np.int64
+        )
+        if len(pipeline.streams) > 1:
+            self.blank[[f.name for f in pipeline.columns].index(WHICH)] = stream.number
         self.decode_one = _decoder("Event", [(f, _json_type(f, f.name in summed)) for f in fields])
 
     def decode(self, values: Sequence[bytes], sent: Ints) -> Decoded:
@@ -157,9 +171,9 @@ class EventDecoder:
         events, kept, rejects = _decode_all(self.decode_one, values)
         n, stream = len(events), self.stream
         valid = np.ones(n, np.bool_)
-        block = np.empty((n, len(self.columns)), np.int64)
+        block = np.tile(self.blank, (n, 1))
         times = None
-        for at, (field, column) in enumerate(self.columns):
+        for at, field, column in self.columns:
             block[:, at], good = column([getattr(e, field.name) for e in events])
             _refuse(
                 rejects, kept, valid, good,
@@ -177,16 +191,15 @@ class EventDecoder:
             good = np.array([len(values[i]) <= LARGEST_EVENT for i in kept.tolist()], np.bool_)
             large = Reason("too-large", f"the event has more than {LARGEST_EVENT:,} bytes")
             _refuse(rejects, kept, valid, good, large)
-        ids = [getattr(e, stream.id) for e in events]
         batch = Batch(
             kinds=np.full(n, EVENT, np.int8),
             labels=np.zeros(n, np.int8),
             times=times,
-            ids=_ids(ids),
+            ids=_ids(stream, [getattr(e, stream.id) for e in events]),
             clocks=times,
             fields=block,
             features=np.empty((n, 0)),
-            keys=[getattr(e, self.key) for e in events],
+            keys=_keys(events, self.keys),
             payloads=[values[i] for i in kept.tolist()],
         )
         return batch.where(valid), kept[valid], rejects
@@ -194,7 +207,7 @@ class EventDecoder:
 
 @dataclass
 class LabelBatch:
-    """Labels, n of them: of which event, its state, when known, and the event's keys by field."""
+    """Labels, n of them: of which event, its state, when known, and the event's keys by entity."""
 
     times: Ints
     ids: Ints
@@ -207,23 +220,28 @@ class LabelBatch:
         picks = index.tolist()
         return LabelBatch(
             self.times[index], self.ids[index], self.states[index], self.clocks[index],
-            {field: [keys[i] for i in picks] for field, keys in self.keys.items()},
+            {entity: [keys[i] for i in picks] for entity, keys in self.keys.items()},
         )  # fmt: skip
 
 
 class LabelDecoder:
-    """Decodes a label stream's JSON: the event's id, time and keys, the label, and when it was known."""
+    """Decodes the JSON of labels or reversals: the event's id, time and keys, what is said, and when it was known."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        assert pipeline.labels is not None
-        stream, labels = pipeline.stream, pipeline.labels
-        self.stream, self.labels = stream, labels
-        self.keys = [e.key for e in pipeline.entities if e.labelled]
-        known = Field(labels.known, "timestamp", unit=stream.fields[stream.time].unit)
+    def __init__(self, pipeline: Pipeline, said: Labels | Reversals) -> None:
+        self.stream, self.labels = pipeline.stream, said if isinstance(said, Labels) else None
+        stream = self.stream
+        self.entities = [e for e in pipeline.entities if (e.labelled if self.labels else e.is_of(stream))]
+        known = Field(said.known, "timestamp", unit=stream.fields[stream.time].unit)
         self.times = _column(stream.fields[stream.time])
-        needed = {n: stream.fields[n] for n in (stream.id, stream.time, *self.keys)}
-        typed: list[tuple[Field, Any]] = [(f, _json_type(f, False)) for f in needed.values()]
-        typed += [(known, _json_type(known, False)), (Field(labels.field, "int"), int | None)]
+        needed = dict.fromkeys([stream.id, stream.time, *(k for e in self.entities for k in e.keys)])
+        typed: list[tuple[Field, Any]] = [
+            (stream.fields[n], _json_type(stream.fields[n], False)) for n in needed
+        ]
+        typed.append((known, _json_type(known, False)))
+        if self.labels is not None:
+            typed.append((Field(self.labels.field, "int"), int | None))
+        self._known = said.known
+        self.fields = frozenset(f.name for f, _ in typed)
         self.decode_one = _decoder("Label", typed)
 
     def decode(self, values: Sequence[bytes]) -> tuple[LabelBatch, Ints, list[Reject]]:
@@ -231,30 +249,35 @@ class LabelDecoder:
         found, kept, rejects = _decode_all(self.decode_one, values)
         stream, labels = self.stream, self.labels
         valid = np.ones(len(found), np.bool_)
-        given = [getattr(x, labels.field) for x in found]
-        good = np.array([g in _LABELS for g in given], np.bool_)
-        wrong = Reason("wrong-label", f"{labels.field} is none of 0, 1 and null")
-        _refuse(rejects, kept, valid, good, wrong)
+        states = np.full(len(found), REVERSED, np.int8)
+        if labels is not None:
+            given = [getattr(x, labels.field) for x in found]
+            good = np.array([g in _LABELS for g in given], np.bool_)
+            wrong = Reason("wrong-label", f"{labels.field} is none of 0, 1 and null")
+            _refuse(rejects, kept, valid, good, wrong)
+            states = np.array([_LABELS.get(g, UNKNOWN) for g in given], np.int8)
         times, _ = self.times([getattr(x, stream.time) for x in found])
-        clocks, _ = self.times([getattr(x, labels.known) for x in found])
+        clocks, _ = self.times([getattr(x, self._known) for x in found])
         good = (times >= EARLIEST_MS) & (times < LATEST_MS)
         _refuse(rejects, kept, valid, good, _no_time(stream))
+        ids = _ids(stream, [getattr(x, stream.id) for x in found])
+        keys = {e.name: _keys(found, e.keys) for e in self.entities}
         index = np.flatnonzero(valid)
-        picks = index.tolist()
-        batch = LabelBatch(
-            times[index],
-            _ids([getattr(found[i], stream.id) for i in picks]),
-            np.array([_LABELS[given[i]] for i in picks], np.int8),
-            clocks[index],
-            {key: [getattr(found[i], key) for i in picks] for key in self.keys},
-        )
-        return batch, kept[index], rejects
+        return LabelBatch(times, ids, states, clocks, keys).take(index), kept[index], rejects
 
 
-def _ids(ids: list[Any]) -> Ints:
+def _ids(stream: Stream, ids: list[Any]) -> Ints:
     if ids and isinstance(ids[0], str):
         ids = [event_id(i) for i in ids]
-    return np.array(ids, np.int64)
+    found = np.array(ids, np.int64)
+    return found ^ stream.salt if stream.salt else found
+
+
+def _keys(events: list[Any], names: Sequence[str]) -> list[Key]:
+    """What each is keyed by; nothing, where it carries no such fields."""
+    if len(names) == 1:
+        return [getattr(e, names[0]) for e in events]
+    return [joined([getattr(e, name) for name in names]) if names else None for e in events]
 
 
 def _decode_all(
@@ -361,11 +384,12 @@ def _from_datetime(value: dt.datetime) -> int:
 Clocks = Callable[[Sequence[bytes], Ints], Ints]  # records and times of sending to times (n,) ms
 
 
-def clocks(stream: Stream, name: str) -> Clocks:
+def clocks(stream: Stream, name: str | None = None) -> Clocks:
     """A reader of just one time of each record, NULL where there is none that decoding would accept.
 
-    name: the field that says when it happened: the stream's time, or when a label became known.
+    name: the field with that time, where it is another than the stream's: when a label became known.
     """
+    name = name or stream.time
     field = Field(name, "timestamp", unit=stream.fields[stream.time].unit)
     decode, column = _decoder("Clock", [(field, _json_type(field, False))]), _column(field)
 
@@ -379,9 +403,36 @@ def clocks(stream: Stream, name: str) -> Clocks:
     return read
 
 
-def texts(stream: Stream, names: Sequence[str]) -> Callable[[bytes], Any]:
+def texts(fields: Mapping[str, Field], names: Sequence[str]) -> Callable[[bytes], Any]:
     """A decoder of just these fields of an event that was checked before."""
-    return _decoder("Texts", [(stream.fields[n], _json_type(stream.fields[n], False)) for n in names])
+    return _decoder("Texts", [(fields[n], _json_type(fields[n], False)) for n in names])
+
+
+def streams_of(pipeline: Pipeline, batch: Batch) -> Ints:
+    """The number (n,) of the stream that each event is of."""
+    if len(pipeline.streams) == 1:
+        return np.zeros(len(batch), np.int64)
+    return batch.fields[:, [f.name for f in pipeline.columns].index(WHICH)]
+
+
+def given_ids(pipeline: Pipeline) -> Callable[[Batch], list[int | str]]:
+    """A reader of the ids of events as their streams have them."""
+    salts = np.array([stream.salt for stream in pipeline.streams], np.int64)
+    decoders = [
+        texts(stream.fields, [stream.id]) if stream.fields[stream.id].type == "string" else None
+        for stream in pipeline.streams
+    ]
+
+    def read(batch: Batch) -> list[int | str]:
+        numbers = streams_of(pipeline, batch)
+        found: list[int | str] = (batch.ids ^ salts[numbers]).tolist()
+        for number, (stream, decode) in enumerate(zip(pipeline.streams, decoders, strict=True)):
+            if decode is not None:
+                for i in np.flatnonzero(numbers == number).tolist():
+                    found[i] = getattr(decode(batch.payloads[i]), stream.id)
+        return found
+
+    return read
 
 
 __all__ = [

@@ -14,6 +14,7 @@ import msgspec
 from models.fields import Field
 from models.pipeline import Pipeline, used_fields
 from models.specs import EntitySpec, FeatureSpec, FieldSpec, StreamSpec, milliseconds
+from models.streams import Stream
 
 Level = Literal["safe", "rebuild", "breaks"]
 
@@ -44,8 +45,9 @@ def compare(before: Pipeline, after: Pipeline) -> list[Change]:
     """What differs between two versions of a pipeline, in the order of its file. Empty where nothing does."""
     changes = [
         *_names(before, after),
-        *_stream(before, after),
+        *_streams(before, after),
         *_labels(before, after),
+        *_reversals(before, after),
         *_entities(before, after),
         *_others(before, after),
     ]
@@ -62,10 +64,9 @@ def _names(before: Pipeline, after: Pipeline) -> Iterator[Change]:
             f"and consumers read {after.predictions}"
         )
         yield Change("name", f"{before.instance} > {after.instance}", "rebuild", effect)
-    topics = [("streams", before.stream.topic, after.stream.topic)]
-    if before.labels and after.labels:
-        topics.append(("labels", before.labels.topic, after.labels.topic))
-    for what, old, new in topics:
+    old_topics, new_topics = _topics(before), _topics(after)
+    for what, old in old_topics.items():
+        new = new_topics.get(what, old)
         if old != new:
             effect = (
                 f"what is sent to {old} is not read any more, and stores hold positions of it: run a new "
@@ -74,19 +75,45 @@ def _names(before: Pipeline, after: Pipeline) -> Iterator[Change]:
             yield Change(f"{what}.topic", f"{old} > {new}", "breaks", effect)
 
 
-# --- the stream's events and the labels ----------------------------------------------------------
+def _topics(pipeline: Pipeline) -> dict[str, str]:
+    """What others write, by where it stands in the file; one stream may have any name."""
+    several = len(pipeline.streams) > 1
+    topics = {f"streams.{s.name}" if several else "streams": s.topic for s in pipeline.streams}
+    return topics | {type(said).__name__.lower(): said.topic for said in pipeline.said}
 
 
-def _stream(before: Pipeline, after: Pipeline) -> Iterator[Change]:
-    (old,), (new,) = (
-        [msgspec.convert(data, StreamSpec) for data in p.spec.streams.values()] for p in (before, after)
-    )
+# --- the streams' events and the labels ----------------------------------------------------------
+
+
+def _streams(before: Pipeline, after: Pipeline) -> Iterator[Change]:
+    """One stream may have another name; of several, each is known by its own."""
+    if len(before.streams) == len(after.streams) == 1:
+        yield from _stream("streams", before, before.stream, after, after.stream)
+        return
+    old, new = ({stream.name: stream for stream in p.streams} for p in (before, after))
+    for name in {**old, **new}:
+        if name in old and name in new:
+            yield from _stream(f"streams.{name}", before, old[name], after, new[name])
+        else:
+            came = (
+                "run `headrace topics create`; "
+                if name in new
+                else "what is sent to it is not read any more; "
+            )
+            yield Change(f"streams.{name}", _came(old.get(name)), "rebuild", came + _REBUILD)
+    if before.stream.name != after.stream.name and {*old} == {*new}:
+        change = f"first: {before.stream.name} > {after.stream.name}"
+        yield Change("streams", change, "rebuild", f"labels and reversals are of the first; {_REBUILD}")
+
+
+def _stream(at: str, before: Pipeline, was: Stream, after: Pipeline, is_: Stream) -> Iterator[Change]:
+    old, new = (msgspec.convert(p.spec.streams[s.name], StreamSpec) for p, s in ((before, was), (after, is_)))
     change = _differences(_plain(old, "fields", "topic"), _plain(new, "fields", "topic"))
     if change:
-        yield Change("streams", change, "rebuild", _REBUILD)
-    used = _used(before) | _used(after)
-    for name in {**before.stream.fields, **after.stream.fields}:
-        a, b = before.stream.fields.get(name), after.stream.fields.get(name)
+        yield Change(at, change, "rebuild", _REBUILD)
+    used = used_fields(before) | used_fields(after)
+    for name in {**was.fields, **is_.fields}:
+        a, b = was.fields.get(name), is_.fields.get(name)
         if a == b:
             continue
         change = _differences(_field(old, name), _field(new, name)) if a and b else _came(a)
@@ -95,7 +122,7 @@ def _stream(before: Pipeline, after: Pipeline) -> Iterator[Change]:
         column = not (a and b) and any(f.type != "string" for f in (a, b) if f)
         if name in used or column:
             level, effect = "breaks" if level == "breaks" else "rebuild", f"{effect}; {_REBUILD}"
-        yield Change(f"streams.fields.{name}", change, level, effect)
+        yield Change(f"{at}.fields.{name}", change, level, effect)
 
 
 def _refused(name: str, before: Field | None, after: Field | None) -> tuple[Level, str]:
@@ -145,11 +172,21 @@ def _labels(before: Pipeline, after: Pipeline) -> Iterator[Change]:
         yield Change("labels", f"need {names}", "breaks", effect)
 
 
+def _reversals(before: Pipeline, after: Pipeline) -> Iterator[Change]:
+    old, new = before.reversals, after.reversals
+    if (old is None) != (new is None):
+        came = "run `headrace topics create`; " if new else "reversals that are sent are not read; "
+        yield Change("reversals", _came(old), "rebuild", came + _REBUILD)
+    elif old is not None and new is not None and old.known != new.known:
+        effect = f"reversals without {new.known} go to the dead letters (missing-field)"
+        yield Change("reversals.known", f"{old.known} > {new.known}", "breaks", effect)
+
+
 def _needs_of_labels(pipeline: Pipeline) -> set[str]:
     """The fields that a label must carry to be of use."""
     stream, labels = pipeline.stream, pipeline.labels
     assert labels is not None
-    keys = {e.key for e in pipeline.entities if e.labelled}
+    keys = {key for e in pipeline.entities if e.labelled for key in e.keys}
     return keys | {stream.id, stream.time, labels.field, labels.known}
 
 
@@ -158,7 +195,10 @@ def _needs_of_labels(pipeline: Pipeline) -> set[str]:
 
 def _entities(before: Pipeline, after: Pipeline) -> Iterator[Change]:
     first, now = before.entities[0], after.entities[0]
-    if first.key != now.key:
+    if after.routed and not before.routed:
+        effect = f"what is sent goes into {now.log} first: run `headrace topics create`; {_REBUILD}"
+        yield Change("entities", f"{now.name} gets a log of its own", "rebuild", effect)
+    if first.keys != now.keys and not after.routed:
         effect = (
             f"producers key events by {first.key}, so those whose {now.key} belongs in another partition go to "
             f"the dead letters (wrong-key): {_NEW_INSTANCE}, keyed by {now.key}"
@@ -183,7 +223,7 @@ def _entities(before: Pipeline, after: Pipeline) -> Iterator[Change]:
 def _others(before: Pipeline, after: Pipeline) -> Iterator[Change]:
     texts = [{name: {"is": t.text} for name, t in p.transforms.items()} for p in (before, after)]
     yield from _by_name("transforms", *texts)
-    told = ("name", "streams", "labels", "entities", "transforms")
+    told = ("name", "streams", "labels", "reversals", "entities", "transforms")
     old, new = _plain(before.spec, *told), _plain(after.spec, *told)
     for key in old:
         if _meant(old[key]) == _meant(new[key]):
@@ -202,10 +242,6 @@ def _by_name(at: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterato
 
 
 # --- structures ------------------------------------------------------------------------------------
-
-
-def _used(pipeline: Pipeline) -> set[str]:
-    return used_fields(pipeline.stream, pipeline.entities, pipeline.transforms, pipeline.vector)
 
 
 def _features(entity: EntitySpec) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ import numpy as np
 from models.aggregates import Aggregate
 from models.errors import HeadraceError
 from models.fields import Field, as_float
-from models.pipeline import Entity, Pipeline, Stream
+from models.pipeline import Entity, Pipeline
 from models.windows import NULL, Arena, Ints
 
 Label = Literal["unknown", "negative", "positive"]
@@ -114,7 +114,12 @@ class Moment:
 
 
 def look(
-    stream: Stream, entity: Entity, arena: Arena, slot: int, time: int, ids: Mapping[int, int | str]
+    fields: Mapping[str, Field],
+    entity: Entity,
+    arena: Arena,
+    slot: int,
+    time: int,
+    ids: Mapping[int, int | str],
 ) -> Moment:
     """A profile of an arena as it is now, at a time in ms.
 
@@ -122,8 +127,8 @@ def look(
     """
     (features,) = arena.read_at(np.array([slot]), np.array([time]))
     rows = arena.rows(slot)
-    fields = [stream.fields[name] for name in entity.values]
-    columns = [_readable(np.ascontiguousarray(rows.values[:, v]), field) for v, field in enumerate(fields)]
+    of_values = [fields[name] for name in entity.values]
+    columns = [_readable(np.ascontiguousarray(rows.values[:, v]), field) for v, field in enumerate(of_values)]
     events = [
         Event(ids.get(id_, id_), at, found, _LABELS[state] if entity.labelled else None)
         for id_, at, found, state in zip(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from models import aggregates, expressions, windows
 from models.fields import Field
 from models.specs import LONGEST_MS, NAME, FeatureSpec, LabelsSpec, PipelineError
+from models.streams import WHICH, Stream
 
 MOST_OF_A_LIST = 100
 MOST_FILTERS = 48  # each is a bit of a row's state
@@ -36,12 +38,13 @@ class Features:
         self,
         compiler: Compiler,
         fields: Mapping[str, Field],
+        streams: Sequence[Stream],
+        keys: Sequence[str],
         labels: LabelsSpec | None,
-        first: bool,
         hop: int,
     ) -> None:
-        self._compiler, self._fields, self._labels = compiler, fields, labels
-        self._first, self._hop = first, hop  # whether the entity's log is the stream itself; ms, 0 without
+        self._compiler, self._fields, self._streams, self._labels = compiler, fields, streams, labels
+        self._keys, self._hop = keys, hop  # ms, 0 without
         self.names: list[str] = []
         self.values: list[str] = []
         self.filters: dict[str, expressions.Expression] = {}
@@ -59,9 +62,10 @@ class Features:
                 (*at, "aggregate"),
                 f"cells do not tell the {feature.aggregate}; with a hop there are {known}.",
             )
-        value, divisor = self._value(feature, kind, delay, at)
+        fields = self._fields_of(feature, at)
+        value, divisor = self._value(feature, fields, kind, delay, at)
         names = []
-        for suffix, condition in self._conditions(feature, at):
+        for suffix, condition in self._conditions(feature, fields, at):
             chosen = None if condition is None else self._filter(condition, at)
             one = aggregates.Aggregate(kind, window, delay, value, divisor, number, chosen)
             self.aggregates.append(one)
@@ -130,7 +134,25 @@ class Features:
             raise self._fail((*at, "window"), "it is shorter than the entity's hop; make the hop shorter.")
         return window
 
-    def _value(self, feature: FeatureSpec, kind: int, delay: int, at: tuple[Any, ...]) -> tuple[int, int]:
+    def _fields_of(self, feature: FeatureSpec, at: tuple[Any, ...]) -> Mapping[str, Field]:
+        """The fields of the events that a feature is of."""
+        if feature.from_ is None:
+            return self._fields
+        streams = {stream.name: stream for stream in self._streams}
+        if feature.from_ not in streams:
+            near = difflib.get_close_matches(feature.from_, streams, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(streams)}."
+            raise self._fail((*at, "from"), f"there is no stream {feature.from_!r}; {hint}")
+        lacking = [key for key in self._keys if key not in streams[feature.from_].fields]
+        if lacking:
+            raise self._fail(
+                (*at, "from"), f"{feature.from_} has no {lacking[0]}, the key; take a stream that has it."
+            )
+        return streams[feature.from_].fields
+
+    def _value(
+        self, feature: FeatureSpec, fields: Mapping[str, Field], kind: int, delay: int, at: tuple[Any, ...]
+    ) -> tuple[int, int]:
         """The value column and its unit."""
         if kind in aggregates.OF_LABELS:
             self._of_labels(feature, at, delay)
@@ -143,8 +165,8 @@ class Features:
             return 0, 1
         if feature.of is None:
             raise self._fail(at, f"{feature.aggregate} needs a field; write of: FIELD.")
-        self._compiler.known_field(feature.of, self._fields, (*at, "of"))
-        field = self._fields[feature.of]
+        self._compiler.known_field(feature.of, fields, (*at, "of"))
+        field = fields[feature.of]
         if field.type not in ("int", "decimal") and not (kind == windows.DISTINCT and field.textual):
             raise self._fail(
                 (*at, "of"),
@@ -159,33 +181,33 @@ class Features:
     def _of_labels(self, feature: FeatureSpec, at: tuple[Any, ...], delay: int) -> None:
         labels, what = self._labels, feature.aggregate
         if labels is None:
-            raise self._fail(at, f"a {what} needs labels; add 'labels:' with field and known.")
-        if feature.of != labels.field:
-            raise self._fail((*at, "of"), f"a {what} is of the label; write of: {labels.field}.")
-        if self._first:
             raise self._fail(
                 at,
-                "the first entity's log is the stream itself, which carries no labels; put an entity without "
-                "label features first.",
+                f"a {what} needs labels; add 'labels:' with field and known, of a first stream with this key.",
             )
+        if feature.of != labels.field:
+            raise self._fail((*at, "of"), f"a {what} is of the label; write of: {labels.field}.")
         if delay <= 0:
             raise self._fail(
                 (*at, "delay"), "no label is known at its event; write the delay by which it is, delay: 7d."
             )
 
-    def _conditions(self, feature: FeatureSpec, at: tuple[Any, ...]) -> list[tuple[str, str | None]]:
+    def _conditions(
+        self, feature: FeatureSpec, fields: Mapping[str, Field], at: tuple[Any, ...]
+    ) -> list[tuple[str, str | None]]:
         """For each feature what its name ends in, and which events it is of."""
+        where = self._where(feature)
         if feature.by is None:
-            return [("", feature.where)]
+            return [("", where)]
         if len(feature.by) != 1:
             raise self._fail(
                 (*at, "by"), "it names one field, with a list of its values; write by: {FIELD: [1, 2]}."
             )
         ((field, values),) = feature.by.items()
-        self._compiler.known_field(field, self._fields, (*at, "by"))
+        self._compiler.known_field(field, fields, (*at, "by"))
         if not values or len(set(values)) < len(values):
             raise self._fail((*at, "by", field), "name at least one value, and each once.")
-        both = "" if feature.where is None else f"({feature.where}) and "
+        both = "" if where is None else f"({where}) and "
         found: list[tuple[str, str | None]] = [
             (f"_{value}", f"{both}{field} == {value!r}") for value in values
         ]
@@ -196,6 +218,13 @@ class Features:
                     f"{suffix[1:]!r} does not go into a name; write a feature with where: for it.",
                 )
         return found
+
+    def _where(self, feature: FeatureSpec) -> str | None:
+        """The condition, with the stream's as one of it."""
+        if feature.from_ is None or len(self._streams) == 1:
+            return feature.where
+        of_stream = f"{WHICH} == {feature.from_!r}"
+        return of_stream if feature.where is None else f"{of_stream} and ({feature.where})"
 
     def _filter(self, text: str, at: tuple[Any, ...]) -> int:
         """The number of the filter: those that say the same are one."""

@@ -8,6 +8,7 @@ as their bits, NaN where absent.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +68,19 @@ def event_id(value: int | str) -> int:
     if isinstance(value, int):
         return value
     return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def joined(parts: Sequence[int | str | None]) -> int | str | None:
+    """The key of an entity by the values of its key fields; null where one of them is.
+
+    >>> joined([7]), joined(["a|b", 7]), joined(["a", None])
+    (7, 'a\\\\|b|7', None)
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if None in parts:
+        return None
+    return "|".join(str(part).replace("\\", "\\\\").replace("|", "\\|") for part in parts)
 
 
 def as_float(column: Ints, field: Field) -> Floats:

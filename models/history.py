@@ -19,8 +19,8 @@ from models.windows import EVENT, LABEL, Arena, Bytes, Floats, Ints
 class History:
     """Events as columns, n of them, in event-time order.
 
-    times, ids: (n,) int64; fields: (n, f) numeric block of the stream (see models.events); keys: by
-    entity, (n,) codes from 0, -1 for null; labels: (n,) states, None where the history has none.
+    times, ids: (n,) int64; fields: (n, f) numeric block (see models.events); keys: by entity, (n,) codes
+    from 0, -1 for null; labels: (n,) states, None where the history has none; streams: (n,) numbers.
     """
 
     times: Ints
@@ -28,6 +28,15 @@ class History:
     fields: Ints
     keys: dict[str, Ints]
     labels: Bytes | None
+    streams: Ints
+
+    def take(self, index: Ints) -> History:
+        """These events, in this order. index: (m,)."""
+        return History(
+            self.times[index], self.ids[index], self.fields[index],
+            {entity: codes[index] for entity, codes in self.keys.items()},
+            None if self.labels is None else self.labels[index], self.streams[index],
+        )  # fmt: skip
 
 
 def fold_history(pipeline: Pipeline, history: History) -> Floats:
@@ -36,12 +45,11 @@ def fold_history(pipeline: Pipeline, history: History) -> Floats:
     A label takes its place right behind its event, so a feature sees it from its delay on.
     """
     features = []
-    stream = pipeline.stream
-    numeric = [f.name for f in stream.columns]
+    numeric = [f.name for f in pipeline.columns]
     for entity in pipeline.entities:
         columns = np.array([numeric.index(v) for v in entity.values], np.int64)
         values = np.ascontiguousarray(history.fields[:, columns])
-        flags = Filters(entity, stream.columns).of(history.fields)
+        flags = Filters(entity, pipeline.columns).of(history.fields)
         slots, labels = history.keys[entity.name], history.labels
         kinds = np.full(len(slots), EVENT, np.int8)
         if entity.labelled and labels is not None:
@@ -81,5 +89,5 @@ def arena_for(entity: Entity, codes: Ints) -> Arena:
 
 
 def vectors_of(pipeline: Pipeline, history: History) -> Floats:
-    """The vectors (n, width) that the events of a history would have been served with."""
+    """The vectors (n, width) that the events of a history would have been served with, were they scored."""
     return Vectors(pipeline).of(history.fields, fold_history(pipeline, history))

@@ -34,34 +34,32 @@ from models.specs import (
     ModelSpec,
     PipelineError,
     PipelineSpec,
+    ReversalsSpec,
     StreamSpec,
     milliseconds,
 )  # fmt: skip
+from models.streams import Stream, Streams
 
 # Raised when the meaning of an aggregate or the layout of a profile changes: every definition hash
 # changes with it, so no store, vector or model of another meaning is ever read.
-MEANING = 2
+MEANING = 3
 
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,200}")
-_MOST_VALUES = 1000  # of a category: more of them are a key or an id
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Stream:
-    topic: str
-    id: str
-    time: str
-    fields: dict[str, Field]
+class Reversals:
+    """A topic that takes events of the first stream out again. known: the field with the time of it."""
 
-    @property
-    def columns(self) -> list[Field]:
-        """The fields that have a column of the int64 block, in its order."""
-        return [f for f in self.fields.values() if f.in_block]
+    topic: str
+    known: str
 
 
 @dataclass(frozen=True)
 class Labels:
+    """A topic of labels of events of the first stream. known: the field with the time at which each became known."""
+
     topic: str
     field: str
     known: str
@@ -72,7 +70,7 @@ class Entity:
     """One stage of the chain: whose log it folds, and the features that it reads."""
 
     name: str
-    key: str
+    keys: tuple[str, ...]  # the fields that name it, together
     log: str
     features: tuple[str, ...]
     values: tuple[str, ...]  # the fields that become value columns, in their order
@@ -86,18 +84,31 @@ class Entity:
         """How far back a profile's rows reach, ms: also how long its mirror is worth keeping."""
         return self.plan.retention
 
+    @property
+    def key(self) -> str:
+        """The names of its key fields, for people."""
+        return "|".join(self.keys)
+
+    def is_of(self, stream: Stream) -> bool:
+        """Whether events of a stream carry its key."""
+        return all(key in stream.fields for key in self.keys)
+
 
 @dataclass(frozen=True)
 class Pipeline:
     """instance: the name of its topics, stores and mirror, which is the pipeline's unless run as another.
 
-    transforms: those that the vector needs, each behind what it names.
+    fields: of all streams together. routed: whether the first entity's log is written by the router, because
+    the first stream's own topic cannot be it. transforms: those that the vector needs, each behind what it names.
     """
 
     name: str
     instance: str
-    stream: Stream
+    streams: tuple[Stream, ...]
+    fields: dict[str, Field]
     labels: Labels | None
+    reversals: Reversals | None
+    routed: bool
     entities: tuple[Entity, ...]
     transforms: dict[str, expressions.Expression]
     vector: tuple[str, ...]
@@ -106,6 +117,27 @@ class Pipeline:
     predictions_carry_features: bool
     definition: str  # the definition hash: 16 hex digits
     spec: PipelineSpec  # what it was compiled from, to be compared with another version
+
+    @property
+    def stream(self) -> Stream:
+        """The first stream: labels and reversals are of its events."""
+        return self.streams[0]
+
+    @cached_property
+    def columns(self) -> list[Field]:
+        """The fields that have a column of the int64 block, in its order."""
+        return [f for f in self.fields.values() if f.in_block]
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """The topics that others write and workers read: events first, then what is said of them."""
+        said = [x.topic for x in self.said if x is not self.labels or any(e.labelled for e in self.entities)]
+        return (*(stream.topic for stream in self.streams), *said)
+
+    @property
+    def said(self) -> list[Labels | Reversals]:
+        """What else is sent: topics that say something of events of the first stream."""
+        return [x for x in (self.labels, self.reversals) if x is not None]
 
     @property
     def predictions(self) -> str:
@@ -243,7 +275,8 @@ class _Compiler:
             inner = [int(p) if p.isdigit() else p for p in re.findall(r"[^$.\[\]`]+", where)]
             unknown = re.search(r"unknown field `(.+?)`", message)
             if unknown:
-                owner: Any = {"labels": LabelsSpec, "model": ModelSpec}[str(inner[0])] if inner else to
+                parts = {"labels": LabelsSpec, "reversals": ReversalsSpec, "model": ModelSpec}
+                owner: Any = parts[str(inner[0])] if inner else to
                 inner.append(unknown[1])
                 known = [f.encode_name for f in msgspec.structs.fields(owner)]
                 near = difflib.get_close_matches(unknown[1], known, 1)
@@ -258,34 +291,43 @@ class _Compiler:
         self.instance = alias or spec.name
         if not _TOPIC.fullmatch(self.instance):
             raise self.fail(("name",), "a name has letters, digits, '.', '_' and '-', for it names topics.")
-        stream = self.stream(spec)
-        labels = self.labels(spec, stream)
+        found = Streams(self, spec.streams)
+        streams, fields = found.all, found.fields
+        labels = self.labels(spec.labels, fields)
+        reversals = self.reversals(spec.reversals, fields)
         lateness = self.duration(spec.lateness, "lateness")
-        entities = self.entities(spec, stream, lateness)
-        transforms = self.transforms(spec, stream, entities)
-        self.vector(spec, stream, transforms, entities)
-        transforms = _needed(transforms, spec.vector)
-        self.compares((name for t in transforms.values() for name in t.uses), stream.fields)
-        stream = replace(
-            stream, fields={n: replace(f, hashed=n in self.hashed) for n, f in stream.fields.items()}
+        entities = self.entities(spec, streams, fields, lateness)
+        routed = (
+            len(streams) > 1 or len(entities[0].keys) > 1 or entities[0].labelled or reversals is not None
         )
+        if not routed:
+            entities[0] = replace(entities[0], log=streams[0].topic)
+        transforms = self.transforms(spec, fields, entities)
+        self.vector(spec, fields, transforms, entities)
+        transforms = _needed(transforms, spec.vector)
+        self.compares((name for t in transforms.values() for name in t.uses), fields)
         self.model(spec)
+        streams = [replace(s, fields=self.with_columns(s.fields)) for s in streams]
+        fields = self.with_columns(fields)
         pipeline = Pipeline(
             name=spec.name,
             instance=self.instance,
-            stream=stream,
+            streams=tuple(streams),
+            fields=fields,
             labels=labels,
-            entities=entities,
+            reversals=reversals,
+            routed=routed,
+            entities=tuple(entities),
             transforms=transforms,
             vector=tuple(spec.vector),
             model=spec.model,
             lateness=lateness,
             predictions_carry_features=spec.predictions_carry_features,
-            definition=_definition(stream, labels, entities, transforms, spec.vector),
+            definition="",
             spec=spec,
         )
         self.topics(pipeline)
-        return pipeline
+        return replace(pipeline, definition=_definition(pipeline))
 
     def file_matches(self, name: str) -> None:
         stem = Path(self.file).stem
@@ -294,80 +336,36 @@ class _Compiler:
                 ("name",), f"the file is {stem}.yaml; name the pipeline {stem}, or rename the file."
             )
 
-    def stream(self, spec: PipelineSpec) -> Stream:
-        if len(spec.streams) != 1:
-            raise self.fail(
-                ("streams",),
-                f"there are {len(spec.streams)}; this version takes exactly one stream of events.",
-            )
-        ((name, data),) = spec.streams.items()
-        at = ("streams", name)
-        stream = self.convert(data, StreamSpec, *at)
-        fields = {}
-        for field_name, value in stream.fields.items():
-            where = (*at, "fields", field_name)
-            if not NAME.fullmatch(field_name):
-                raise self.fail(where, "a field's name has letters, digits and '_'.")
-            given = self.convert({"type": value} if isinstance(value, str) else value, FieldSpec, *where)
-            fields[field_name] = self.field(given, field_name, where)
-        for role, field in (("id", stream.id), ("time", stream.time)):
-            self.known_field(field, fields, (*at, role))
-            if fields[field].optional:
-                raise self.fail((*at, "fields", field), f"the event's {role} cannot be optional.")
-        if fields[stream.id].type not in ("int", "string"):
-            raise self.fail(
-                (*at, "id"), f"{stream.id} is a {fields[stream.id].type}; an id is int or string."
-            )
-        if fields[stream.time].type != "timestamp":
-            raise self.fail(
-                (*at, "time"), f"{stream.time} is no timestamp; declare it as one, with its unit."
-            )
-        return Stream(self.topic(stream.topic, name, at), stream.id, stream.time, fields)
-
-    def field(self, given: FieldSpec, name: str, at: tuple[Any, ...]) -> Field:
-        if given.scale and given.type != "decimal":
-            raise self.fail((*at, "scale"), f"a {given.type} has no scale; use type: decimal, or drop it.")
-        if not 0 <= given.scale <= 9:
-            raise self.fail((*at, "scale"), f"{given.scale} is not between 0 and 9 decimals.")
-        self.values(given, (*at, "values"))
-        return Field(name, given.type, 10**given.scale, given.unit, given.optional, tuple(given.values))
-
-    def values(self, given: FieldSpec, at: tuple[Any, ...]) -> None:
-        if given.type != "category":
-            if given.values:
-                raise self.fail(at, f"a {given.type} has no list of values; use type: category, or drop it.")
-            return
-        if not given.values:
-            raise self.fail(at, "a category needs its values; write values: [web, shop].")
-        if len(given.values) > _MOST_VALUES:
-            raise self.fail(
-                at, f"{len(given.values)} are more than {_MOST_VALUES} values; declare it as a string."
-            )
-        for i, value in enumerate(given.values):
-            if value in given.values[:i]:
-                raise self.fail((*at, i), f"{value!r} stands twice; each value has one code.")
-
     def compares(self, names: Iterable[str], fields: Mapping[str, Field]) -> None:
         """Give the strings among these names a column of the block."""
         self.hashed |= {n for n in names if n in fields and fields[n].type == "string"}
 
-    def labels(self, spec: PipelineSpec, stream: Stream) -> Labels | None:
-        if spec.labels is None:
+    def with_columns(self, fields: Mapping[str, Field]) -> dict[str, Field]:
+        return {name: replace(f, hashed=name in self.hashed) for name, f in fields.items()}
+
+    def labels(self, given: LabelsSpec | None, fields: Mapping[str, Field]) -> Labels | None:
+        if given is None:
             return None
         for role in ("field", "known"):
-            name = getattr(spec.labels, role)
-            if not NAME.fullmatch(name):
-                raise self.fail(("labels", role), "a field's name has letters, digits and '_'.")
-            if name in stream.fields:
-                raise self.fail(
-                    ("labels", role), f"{name} is a field of the stream; an event cannot know it."
-                )
-        if spec.labels.field == spec.labels.known:
+            self.said(getattr(given, role), fields, ("labels", role))
+        if given.field == given.known:
             raise self.fail(
-                ("labels", "known"), f"{spec.labels.known} is the label itself; name the field with the time."
+                ("labels", "known"), f"{given.known} is the label itself; name the field with the time."
             )
-        topic = self.topic(spec.labels.topic, "labels", ("labels",))
-        return Labels(topic, spec.labels.field, spec.labels.known)
+        return Labels(self.topic(given.topic, "labels", ("labels",)), given.field, given.known)
+
+    def reversals(self, given: ReversalsSpec | None, fields: Mapping[str, Field]) -> Reversals | None:
+        if given is None:
+            return None
+        self.said(given.known, fields, ("reversals", "known"))
+        return Reversals(self.topic(given.topic, "reversals", ("reversals",)), given.known)
+
+    def said(self, name: str, fields: Mapping[str, Field], at: tuple[Any, ...]) -> None:
+        """A field of a topic that says something of events."""
+        if not NAME.fullmatch(name):
+            raise self.fail(at, "a field's name has letters, digits and '_'.")
+        if name in fields:
+            raise self.fail(at, f"{name} is a field of a stream; an event cannot know it.")
 
     def topic(self, given: str | None, name: str, at: tuple[Any, ...]) -> str:
         if given is not None and not _TOPIC.fullmatch(given):
@@ -375,30 +373,28 @@ class _Compiler:
         return given or f"{self.instance}.{name}"
 
     def topics(self, pipeline: Pipeline) -> None:
-        labels = [pipeline.labels.topic] if pipeline.labels else []
-        uses = [
-            pipeline.predictions,
-            pipeline.dead_letters,
-            pipeline.control,
-            *(e.log for e in pipeline.entities),
-            *labels,
-        ]
-        for topic in uses:
-            if uses.count(topic) > 1:
-                at = "labels" if topic in labels else "streams"
+        """No topic may have two uses."""
+        logs = [e.log for e in pipeline.entities if e.log != pipeline.stream.topic]
+        uses = [(pipeline.predictions, ""), (pipeline.dead_letters, ""), (pipeline.control, "")]
+        uses += [(log, "") for log in logs]
+        uses += [(s.topic, f"streams.{s.name}") for s in pipeline.streams]
+        uses += [(x.topic, type(x).__name__.lower()) for x in pipeline.said]
+        for topic, what in reversed(uses):
+            if what and [t for t, _ in uses].count(topic) > 1:
                 raise self.fail(
-                    (at,), f"the topic {topic} has another use; write topic: with a name of its own."
+                    tuple(what.split(".")),
+                    f"the topic {topic} has another use; write topic: with a name of its own.",
                 )
 
     def transforms(
-        self, spec: PipelineSpec, stream: Stream, entities: tuple[Entity, ...]
+        self, spec: PipelineSpec, fields: Mapping[str, Field], entities: Sequence[Entity]
     ) -> dict[str, expressions.Expression]:
         """All transforms in the order of the file: what one names stands before it."""
         given = {name: self.transform(name, data) for name, data in spec.transforms.items()}
-        known = {**stream.fields, **{name: Field(name, "float") for e in entities for name in e.features}}
+        known = {**fields, **{name: Field(name, "float") for e in entities for name in e.features}}
         compiled: dict[str, expressions.Expression] = {}
         for name, one in given.items():
-            self.new_name(name, stream, ("transforms", name))
+            self.new_name(name, fields, ("transforms", name))
             self.in_order(name, given, compiled)
             try:
                 if isinstance(one, str):
@@ -435,7 +431,9 @@ class _Compiler:
                     ("transforms", name), f"{other} is written further down; move it above {name}."
                 )
 
-    def entities(self, spec: PipelineSpec, stream: Stream, lateness: int) -> tuple[Entity, ...]:
+    def entities(
+        self, spec: PipelineSpec, streams: Sequence[Stream], fields: Mapping[str, Field], lateness: int
+    ) -> list[Entity]:
         if not spec.entities:
             raise self.fail(("entities",), "there is none; name at least one, with its key and features.")
         entities: list[Entity] = []
@@ -444,57 +442,84 @@ class _Compiler:
             at = ("entities", name)
             if not _TOPIC.fullmatch(name):
                 raise self.fail(at, "an entity's name has letters, digits, '.', '_' and '-'.")
-            entity = self.convert(data, EntitySpec, *at)
-            self.known_field(entity.key, stream.fields, (*at, "key"))
-            if stream.fields[entity.key].type not in ("int", "string"):
-                raise self.fail((*at, "key"), f"{entity.key} is no int or string, so it cannot be a key.")
-            log = f"{self.instance}.{name}.log" if entities else stream.topic
-            entities.append(self.entity(spec, stream, name, entity, log, lateness, taken))
-        return tuple(entities)
+            given = self.convert(data, EntitySpec, *at)
+            keys = self.keys(given, streams, fields, at)
+            entities.append(self.entity(spec, streams, fields, name, given, keys, lateness, taken))
+        return entities
+
+    def keys(
+        self, given: EntitySpec, streams: Sequence[Stream], fields: Mapping[str, Field], at: tuple[Any, ...]
+    ) -> tuple[str, ...]:
+        keys = (given.key,) if isinstance(given.key, str) else tuple(given.key)
+        if not keys or len(set(keys)) < len(keys):
+            raise self.fail((*at, "key"), "name at least one field, and each once.")
+        for key in keys:
+            self.known_field(key, fields, (*at, "key"))
+            if fields[key].type not in ("int", "string"):
+                raise self.fail((*at, "key"), f"{key} is no int or string, so it cannot be a key.")
+        if not any(all(key in stream.fields for key in keys) for stream in streams):
+            raise self.fail(
+                (*at, "key"), f"no stream has {' and '.join(keys)}; a key is made of the fields of one event."
+            )
+        return keys
 
     def entity(
-        self, spec: PipelineSpec, stream: Stream, name: str, entity: EntitySpec, log: str, lateness: int,
-        taken: set[str],
+        self, spec: PipelineSpec, streams: Sequence[Stream], fields: Mapping[str, Field], name: str,
+        given: EntitySpec, keys: tuple[str, ...], lateness: int, taken: set[str],
     ) -> Entity:  # fmt: skip
         at = ("entities", name)
-        first = log == stream.topic
-        hop = 0 if entity.hop is None else self.duration(entity.hop, *at, "hop")
-        if entity.hop is not None and (hop <= 0 or first):
-            problem = "a hop is longer than 0; write 1s, 1m or the like." if hop <= 0 else (
-                "the first entity cannot have a hop, for it drops events that come twice, and cells have no ids; put "
-                "one without a hop before it."
-            )  # fmt: skip
-            raise self.fail((*at, "hop"), problem)
-        features = Features(self, stream.fields, spec.labels, first, hop)
-        for feature_name, data in entity.features.items():
+        hop = 0 if given.hop is None else self.duration(given.hop, *at, "hop")
+        self.hop(spec, given, hop, name, at)
+        # what is said of events reaches only who has their key
+        heard = spec.labels if all(key in streams[0].fields for key in keys) else None
+        features = Features(self, fields, streams, keys, heard, hop)
+        for feature_name, data in given.features.items():
             where = (*at, "features", feature_name)
-            self.new_name(feature_name, stream, where)
+            self.new_name(feature_name, fields, where)
             for output in features.add(feature_name, self.convert(data, FeatureSpec, *where), where):
-                if output in taken or output in stream.fields:
+                if output in taken or output in fields:
                     raise self.fail(
                         where, f"there is another {output}: a field, feature or transform; rename one."
                     )
                 taken.add(output)
         plan = aggregates.plan(
-            features.aggregates, [stream.fields[v].optional for v in features.values], lateness,
+            features.aggregates, [fields[v].optional for v in features.values], lateness,
             len(features.filters), hop,
         )  # fmt: skip
         return Entity(
-            name, entity.key, log, tuple(features.names), tuple(features.values), tuple(features.filters.values()),
-            tuple(features.aggregates), any(a.kind in aggregates.OF_LABELS for a in features.aggregates), plan,
+            name, keys, f"{self.instance}.{name}.log", tuple(features.names), tuple(features.values),
+            tuple(features.filters.values()), tuple(features.aggregates),
+            any(a.kind in aggregates.OF_LABELS for a in features.aggregates), plan,
         )  # fmt: skip
 
+    def hop(self, spec: PipelineSpec, given: EntitySpec, hop: int, name: str, at: tuple[Any, ...]) -> None:
+        if given.hop is None:
+            return
+        if hop <= 0:
+            raise self.fail((*at, "hop"), "a hop is longer than 0; write 1s, 1m or the like.")
+        if name == next(iter(spec.entities)):
+            raise self.fail(
+                (*at, "hop"),
+                "the first entity cannot have a hop, for it drops events that come twice, and cells have no ids; put "
+                "one without a hop before it.",
+            )
+        if spec.reversals is not None:
+            raise self.fail(
+                (*at, "hop"), "an event cannot be taken out of a cell; drop the hop, or reversals."
+            )
+
     def vector(
-        self, spec: PipelineSpec, stream: Stream, transforms: dict[str, Any], entities: tuple[Entity, ...]
-    ) -> None:
-        known = [*stream.fields, *transforms, *(name for e in entities for name in e.features)]
+        self, spec: PipelineSpec, fields: Mapping[str, Field], transforms: dict[str, Any],
+        entities: Sequence[Entity],
+    ) -> None:  # fmt: skip
+        known = [*fields, *transforms, *(name for e in entities for name in e.features)]
         for i, name in enumerate(spec.vector):
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]}?" if near else "name a field, a transform or a feature."
                 raise self.fail(("vector", i), f"there is no {name!r}; {hint}")
-            if name in stream.fields and stream.fields[name].type in ("string", "timestamp"):
-                raise self.fail(("vector", i), f"{name} is a {stream.fields[name].type}, not a number.")
+            if name in fields and fields[name].type in ("string", "timestamp"):
+                raise self.fail(("vector", i), f"{name} is a {fields[name].type}, not a number.")
             if spec.vector.index(name) != i:
                 raise self.fail(("vector", i), f"{name} stands twice; a model takes each input once.")
         if not spec.vector:
@@ -511,10 +536,10 @@ class _Compiler:
             if not 0 < getattr(model, bound) < math.inf:
                 raise self.fail(("model", bound), "it must be above 0.")
 
-    def new_name(self, name: str, stream: Stream, at: tuple[Any, ...]) -> None:
+    def new_name(self, name: str, fields: Mapping[str, Field], at: tuple[Any, ...]) -> None:
         if not NAME.fullmatch(name):
             raise self.fail(at, "a feature's name has letters, digits and '_'.")
-        if name in stream.fields:
+        if name in fields:
             raise self.fail(at, "a field of the stream has this name; rename the feature.")
 
     def known_field(self, name: str, fields: Mapping[str, Field], at: tuple[Any, ...]) -> None:
@@ -581,37 +606,38 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def used_fields(
-    stream: Stream, entities: tuple[Entity, ...], transforms: dict[str, expressions.Expression],
-    vector: Sequence[str],
-) -> set[str]:  # fmt: skip
+def used_fields(pipeline: Pipeline) -> set[str]:
     """The fields whose type decides a feature's value."""
-    used = {stream.id, stream.time, *(e.key for e in entities), *(v for e in entities for v in e.values)}
+    entities, fields = pipeline.entities, pipeline.fields
+    used = {name for stream in pipeline.streams for name in (stream.id, stream.time)}
+    used |= {name for e in entities for name in (*e.keys, *e.values)}
     used |= {name for e in entities for f in e.filters for name in f.uses}
-    return used | {name for t in transforms.values() for name in t.uses} | (set(vector) & set(stream.fields))
+    return (
+        used
+        | {name for t in pipeline.transforms.values() for name in t.uses}
+        | (set(pipeline.vector) & fields.keys())
+    )
 
 
-def _definition(
-    stream: Stream, labels: Labels | None, entities: tuple[Entity, ...],
-    transforms: dict[str, expressions.Expression], vector: list[str],
-) -> str:  # fmt: skip
+def _definition(pipeline: Pipeline) -> str:
     """A hash of all that decides a feature's value, and of nothing else: no topic, no decision, no comment."""
-    used = used_fields(stream, entities, transforms, vector)
+    used, several = used_fields(pipeline), len(pipeline.streams) > 1
     meaning = {
         "meaning": MEANING,
-        "id": stream.id,
-        "time": stream.time,
-        "block": [f.name for f in stream.columns],  # the order in which records between stages hold them
+        "streams": [(s.name if several else "", s.id, s.time, s.scored) for s in pipeline.streams],
+        "block": [f.name for f in pipeline.columns],  # the order in which records between stages hold them
         "fields": [
             (f.name, f.type, f.divisor, f.unit, f.optional, *([f.values] if f.values else []))
-            for n, f in sorted(stream.fields.items())
+            for n, f in sorted(pipeline.fields.items())
             if n in used
         ],
-        "label": labels.field if labels else None,
+        "label": pipeline.labels.field if pipeline.labels else None,
+        "reversals": pipeline.reversals is not None,
+        "routed": pipeline.routed,
         "entities": [
             (
                 e.name,
-                e.key,
+                e.keys,
                 e.features,
                 e.values,
                 [astuple(a) for a in e.aggregates],
@@ -619,9 +645,9 @@ def _definition(
                 e.plan.retention,
                 e.plan.hop,
             )
-            for e in entities
+            for e in pipeline.entities
         ],
-        "transforms": [(name, t.text) for name, t in sorted(transforms.items())],
-        "vector": vector,
+        "transforms": [(name, t.text) for name, t in sorted(pipeline.transforms.items())],
+        "vector": pipeline.vector,
     }
     return hashlib.sha256(msgspec.json.encode(meaning)).hexdigest()[:16]

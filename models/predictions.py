@@ -4,12 +4,15 @@
      "version": "5f0c...", "definition": "7cb3...", "late": false,
      "degraded": false, "origin": {"partition": 3, "offset": 1201}, "features": {"TX_AMOUNT": 57.16, ...}}
 
+A pipeline of several streams says in `stream`, behind the id, of which the event is.
+
 `origin` is the place in the last entity's log: with the definition it is all that is needed to
 compute the prediction again, and it is the one number by which a consumer drops doubles.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +38,13 @@ class PredictionEncoder:
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
         self._features: Any = None
+        # Omitted where there is but one stream.
+        names = [stream.name for stream in pipeline.streams]
+        self._streams: list[Any] = names if len(names) > 1 else [msgspec.UNSET]
         fields: list[tuple[str, Any]] = [
-            ("id", Any), ("event_time", int), ("score", float), ("decision", str), ("model", str),
-            ("version", str), ("definition", str), ("late", bool), ("degraded", bool),
-            ("origin", Origin),
+            ("id", Any), ("stream", str | msgspec.UnsetType), ("event_time", int), ("score", float),
+            ("decision", str), ("model", str), ("version", str), ("definition", str), ("late", bool),
+            ("degraded", bool), ("origin", Origin),
         ]  # fmt: skip
         if pipeline.predictions_carry_features:
             self._features = msgspec.defstruct(
@@ -49,31 +55,33 @@ class PredictionEncoder:
         self._encode = msgspec.json.Encoder().encode
 
     def encode(
-        self, ids: list[int] | list[str], times: Ints, vectors: Floats, late: Mask, degraded: Mask,
+        self, ids: list[int | str], streams: Ints, times: Ints, vectors: Floats, late: Mask, degraded: Mask,
         model: Model, partitions: Ints, offsets: Ints,
     ) -> list[bytes]:  # fmt: skip
-        """Score and encode n events. NaN becomes null. late, degraded: (n,)."""
+        """Score and encode n events. NaN becomes null. streams: (n,) numbers; late, degraded: (n,)."""
         scores = model.score_many(vectors)
         decisions = model.decide(scores)
         card, definition = model.card, self.pipeline.definition
-        prediction, features, encode = self._prediction, self._features, self._encode
+        prediction, features, encode, names = self._prediction, self._features, self._encode, self._streams
         tails = [(features(*row),) for row in vectors.tolist()] if features else [()] * len(ids)
         return [
             encode(
                 prediction(
-                    id_, time, score, decision, card.pipeline, card.version, definition, is_late, is_degraded,
-                    Origin(partition, offset), *tail,
+                    id_, names[stream], time, score, decision, card.pipeline, card.version, definition, is_late,
+                    is_degraded, Origin(partition, offset), *tail,
                 )
             )
-            for id_, time, score, decision, is_late, is_degraded, partition, offset, tail in zip(
-                ids, times.tolist(), scores.astype(np.float64).tolist(), decisions, late.tolist(),
+            for id_, stream, time, score, decision, is_late, is_degraded, partition, offset, tail in zip(
+                ids, streams.tolist(), times.tolist(), scores.astype(np.float64).tolist(), decisions, late.tolist(),
                 degraded.tolist(), partitions.tolist(), offsets.tolist(), tails, strict=True,
             )
         ]  # fmt: skip
 
 
 class Prediction(msgspec.Struct):
-    """A prediction as a consumer reads it. `features` is absent where the pipeline leaves them out."""
+    """A prediction as a consumer reads it. `features` is absent where the pipeline leaves them out, `stream` where
+    it has one stream.
+    """
 
     id: int | str
     event_time: int
@@ -86,6 +94,20 @@ class Prediction(msgspec.Struct):
     origin: Origin
     features: dict[str, float | None] = {}
     degraded: bool = False
+    stream: str | None = None
+
+
+def identity(pipeline: Pipeline, prediction: Prediction) -> int:
+    """The 64-bit id of the event that it is of."""
+    for stream in pipeline.streams:
+        if stream.name == prediction.stream:
+            return stream.identity(prediction.id)
+    return pipeline.stream.identity(prediction.id)
+
+
+def identities(pipeline: Pipeline, predictions: Sequence[Prediction]) -> Ints:
+    """Likewise of n predictions, (n,)."""
+    return np.array([identity(pipeline, p) for p in predictions], np.int64)
 
 
 decode = msgspec.json.Decoder(Prediction).decode

@@ -3,8 +3,7 @@
 A record carries its origin (which log of whom, partition, offset) so that its receiver can drop
 what it has seen, and the offset of the record that went before it from there to this partition, so
 that the receiver notices one that is missing; further the numeric block of the event, and the
-features so far. Decoding a batch is one
-`frombuffer`, whatever the number of fields. Little-endian throughout:
+features so far. Decoding a batch is one `frombuffer`, whatever the number of fields. Little-endian throughout:
 
     magic u4 | layout u4 | kind i1 | label i1 | source i1 | degraded i1 | partition i4 | offset i8 | previous i8
     | time i8 | id i8 | clock i8 | fields i8 x f | features f8 x k | the original JSON
@@ -14,12 +13,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from models.events import Batch, Decoded, LabelBatch, Reason, Reject, key_bytes, texts
+from models.events import Batch, Decoded, LabelBatch, Reason, Reject, key_bytes, streams_of, texts
+from models.fields import joined
 from models.pipeline import Pipeline
 from models.windows import EVENT, LABEL, NULL, Bytes, Floats, Ints, jit
 
@@ -27,16 +28,14 @@ Mask = npt.NDArray[np.bool_]
 
 _MAGIC = 0x52_44_52_48  # "HRDR"
 
-# Who wrote a record, the high part of a source.
-FROM_STAGE, FROM_LABELS = 0, 1
-
 
 class RecordCodec:
     """Records of the log that stage number `stage` of a pipeline reads (1 is the second entity's)."""
 
     def __init__(self, pipeline: Pipeline, stage: int) -> None:
+        self.writers = writers(pipeline, stage)
         self.carried = sum(len(e.features) for e in pipeline.entities[:stage])
-        self.fields = len(pipeline.stream.columns)
+        self.fields = len(pipeline.columns)
         self.dtype = np.dtype(
             [
                 ("magic", "<u4"), ("layout", "<u4"), ("kind", "i1"), ("label", "i1"), ("source", "i1"),
@@ -49,14 +48,16 @@ class RecordCodec:
         self.layout = zlib.crc32(f"{pipeline.definition} {stage} {self.dtype}".encode())
 
     def encode(
-        self, batch: Batch, features: Floats, partitions: Ints, offsets: Ints, previous: Ints, degraded: Mask
-    ) -> list[bytes]:
-        """A stage's records for its events.
+        self, batch: Batch, features: Floats, partitions: Ints, offsets: Ints, previous: Ints, degraded: Mask,
+        writer: int = 0,
+    ) -> list[bytes]:  # fmt: skip
+        """Records for events, of a stage or the router.
 
-        partitions, offsets: (n,) where each stood in its log; previous: (n,) by `Chain`; degraded: (n,)
-        whose features lack what retention has cut.
+        features: (n, k) that are added to what came with the events; partitions, offsets: (n,) where each stood in its
+        log; previous: (n,) by `chain`; degraded: (n,) whose features lack what retention has cut; writer: who
+        writes them, the stage before.
         """
-        heads = self._heads(len(batch), EVENT, FROM_STAGE, partitions, offsets, previous)
+        heads = self._heads(len(batch), EVENT, writer, partitions, offsets, previous)
         heads["degraded"] = degraded
         heads["time"], heads["id"], heads["clock"] = batch.times, batch.ids, batch.clocks
         heads["fields"] = batch.fields
@@ -67,10 +68,10 @@ class RecordCodec:
         return [raw[i * size : (i + 1) * size] + json for i, json in enumerate(batch.payloads)]
 
     def encode_labels(
-        self, batch: LabelBatch, partitions: Ints, offsets: Ints, previous: Ints
+        self, batch: LabelBatch, partitions: Ints, offsets: Ints, previous: Ints, writer: int
     ) -> list[bytes]:
-        """The router's records for its labels."""
-        heads = self._heads(len(batch.times), LABEL, FROM_LABELS, partitions, offsets, previous)
+        """The router's records for labels and reversals."""
+        heads = self._heads(len(batch.times), LABEL, writer, partitions, offsets, previous)
         heads["time"], heads["id"], heads["clock"] = batch.times, batch.ids, batch.clocks
         heads["label"] = batch.states
         size = self.dtype.itemsize
@@ -104,7 +105,7 @@ class RecordCodec:
             features=heads["features"].copy(),
             keys=[keys[i] for i in picks],
             payloads=[values[i][size:] for i in picks],
-            sources=source(heads["source"], heads["partition"]),
+            sources=heads["partition"].astype(np.int64) * len(self.writers) + heads["source"],
             offsets=heads["offset"].copy(),
             previous=heads["previous"].copy(),
             degraded=heads["degraded"] != 0,
@@ -128,24 +129,40 @@ class RecordCodec:
         return heads
 
 
-def source(writer: npt.NDArray[Any], partition: npt.NDArray[Any]) -> Ints:
-    """One number for (writer, partition): a row of `Seen`."""
-    result: Ints = partition.astype(np.int64) * 2 + writer
-    return result
+def writers(pipeline: Pipeline, stage: int) -> tuple[str, ...]:
+    """Who writes the log of a stage, by the topic that each reads: a source is partition * writers + writer.
+
+    The stage before it, or for the first the router for each stream; and the router for what is said of events.
+    """
+    events = len(pipeline.streams)
+    said = pipeline.inputs[events:]
+    return (*(pipeline.inputs[:events] if stage == 0 else (pipeline.entities[stage - 1].log,)), *said)
 
 
-def next_keys(pipeline: Pipeline, stage: int) -> Callable[[Batch], list[bytes | None]]:
+def keys_of(pipeline: Pipeline, stage: int) -> Callable[[Batch], list[bytes | None]]:
     """How the keys of stage number `stage` are read from the events of the stage before it."""
-    key = pipeline.entities[stage].key
-    field = pipeline.stream.fields[key]
-    if field.type == "string":
-        decode = texts(pipeline.stream, [key])
-        return lambda batch: [
-            None if (k := getattr(decode(p), key)) is None else k.encode() for p in batch.payloads
-        ]
-    column = pipeline.stream.columns.index(field)
-    null = np.iinfo(np.int64).min
-    return lambda batch: [None if k == null else key_bytes(k) for k in batch.fields[:, column].tolist()]
+    entity = pipeline.entities[stage]
+    columns = {f.name: i for i, f in enumerate(pipeline.columns)}
+    strings = [name for name in entity.keys if pipeline.fields[name].type == "string"]
+    decode = texts(pipeline.fields, strings)
+    # What a stream does not declare is not read, although its JSON may have it.
+    carried = np.array([entity.is_of(stream) for stream in pipeline.streams])
+    nothing = SimpleNamespace(**dict.fromkeys(strings))
+
+    def read(batch: Batch) -> list[bytes | None]:
+        found: list[Any] = []
+        if strings:
+            here = carried[streams_of(pipeline, batch)].tolist()
+            found = [decode(p) if ours else nothing for p, ours in zip(batch.payloads, here, strict=True)]
+        parts: list[list[Any]] = [
+            [getattr(e, name) for e in found] if name in strings
+            else [None if v == NULL else v for v in batch.fields[:, columns[name]].tolist()]
+            for name in entity.keys
+        ]  # fmt: skip
+        keys = parts[0] if len(parts) == 1 else [joined(values) for values in zip(*parts, strict=True)]
+        return [None if key is None else key_bytes(key) for key in keys]
+
+    return read
 
 
 @jit

@@ -32,16 +32,21 @@ class FieldSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class StreamSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A topic of JSON events. `id` and `time` name the fields that identify and date an event."""
+    """A topic of JSON events. `id` and `time` name the fields that identify and date an event.
+
+    The first stream of a file is the one that labels and reversals are of, and its events are scored. `scored`: of
+    another stream, whether its events are scored too.
+    """
 
     id: str
     time: str
     fields: dict[str, Any]
     topic: str | None = None
+    scored: bool | None = None
 
 
 class LabelsSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The stream of labels. A label carries the event's id, time and entity keys under the stream's names.
+    """The stream of labels. A label carries the event's id, time and entity keys under the first stream's names.
 
     `field` holds 0, 1 or null (unknown again); `known` is the field with the time at which it became
     known, in the unit of the event time.
@@ -52,10 +57,22 @@ class LabelsSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     topic: str | None = None
 
 
-class FeatureSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+class ReversalsSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The stream of reversals: a record takes an event of the first stream out again.
+
+    It carries the event's id, time and entity keys under the stream's names; `known` is the field with the time of
+    the reversal, in the unit of the event time.
+    """
+
+    known: str
+    topic: str | None = None
+
+
+class FeatureSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True, rename={"from_": "from"}):
     """An aggregate over (t - delay - window, t - delay].
 
-    `of`: the field. `window`: a duration, or `lifetime`. `where`: only events of which this expression holds.
+    `from`: the stream whose events it is of, all by default. `of`: the field. `window`: a duration, or `lifetime`.
+    `where`: only events of which this expression holds.
     `by`: a field and some of its values: a feature for each, named NAME_value. `k`: how many, of last_k and
     most_frequent: features NAME_1 to NAME_k. `quantile`: 0.5 for the median. `half_life`: of a decayed aggregate,
     whose window is 24 of them. `per`: what a rate is per.
@@ -65,6 +82,7 @@ class FeatureSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         "count", "sum", "mean", "variance", "stddev", "rate", "share", "positives", "coverage", "first", "last",
         "last_k", "min", "max", "since_last", "distinct", "quantile", "most_frequent", "decayed_count", "decayed_sum",
     ]  # fmt: skip
+    from_: str | None = None
     window: str | None = None
     of: str | None = None
     delay: str = "0s"
@@ -77,13 +95,14 @@ class FeatureSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class EntitySpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """What features are about. `key`: the field that names it; null gives no update and NaN features.
+    """What features are about. `key`: the field that names it, or several that do together; null gives no update and
+    NaN features, as does an event of a stream that has no such field.
 
     `hop`: for keys with very many events: those of a cell of this length are kept as one row, and windows begin and
     end with cells.
     """
 
-    key: str
+    key: str | list[str]
     features: dict[str, Any]
     hop: str | None = None
 
@@ -120,6 +139,7 @@ class PipelineSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     vector: list[str]
     model: ModelSpec
     labels: LabelsSpec | None = None
+    reversals: ReversalsSpec | None = None
     transforms: dict[str, Any] = {}
     lateness: str = "1h"
     predictions_carry_features: bool = True

@@ -15,19 +15,19 @@ class Vectors:
     """Compiled once from a pipeline; `of` is called for every micro-batch."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        stream = pipeline.stream
-        columns = {f.name: i for i, f in enumerate(stream.columns)}
+        fields = pipeline.fields
+        columns = {f.name: i for i, f in enumerate(pipeline.columns)}
         carried = {name: i for i, name in enumerate(n for e in pipeline.entities for n in e.features)}
         places = list(enumerate(pipeline.sources))
         self.width = len(places)
-        self._fields = [(i, columns[n], stream.fields[n]) for i, (kind, n) in places if kind == "field"]
+        self._fields = [(i, columns[n], fields[n]) for i, (kind, n) in places if kind == "field"]
         self._made = [(i, n) for i, (kind, n) in places if kind == "transform"]
         owned = [(i, carried[n]) for i, (kind, n) in places if kind not in ("field", "transform")]
         self._to = np.array([i for i, _ in owned], np.int64)
         self._from = np.array([j for _, j in owned], np.int64)
         self._transforms = pipeline.transforms
         used = sorted({name for t in self._transforms.values() for name in t.uses})
-        self._used_fields = [(stream.fields[n], columns[n]) for n in used if n in columns]
+        self._used_fields = [(fields[n], columns[n]) for n in used if n in columns]
         self._used_features = [(n, carried[n]) for n in used if n in carried]
 
     def of(self, fields: Ints, features: Floats) -> Floats:

@@ -40,7 +40,7 @@ FOLDED, LATE, TOO_LATE, DUPLICATE, NO_KEY, LABELLED, LABEL_EARLY, LABEL_STALE = 
 OUTCOMES = (
     "folded", "late", "too_late", "duplicate", "no_key", "labelled", "label_early", "label_stale",
 )  # fmt: skip
-UNKNOWN, NEGATIVE, POSITIVE = 0, 1, 2
+UNKNOWN, NEGATIVE, POSITIVE, REVERSED = range(4)
 
 # Kinds of aggregates: those that are sums, then those that look at the rows of the window.
 (

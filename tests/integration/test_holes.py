@@ -52,7 +52,7 @@ async def test_a_missing_record_is_sent_again_and_nothing_differs(
     try:
         worker.start()
         await worker.ready()
-        reader = session.Predictions(addresses.kafka, pipeline.predictions)
+        reader = session.Predictions(addresses.kafka, pipeline)
         async with reader.reading():
             await replay.publish(tape, pipeline, addresses.kafka, 4000)
             await reader.until(tape.events, worker.check)

@@ -105,7 +105,7 @@ class Bench:
     def __init__(self, path: Path, client: Any) -> None:
         self.pipeline = shop()
         self.entity = self.pipeline.entities[0]
-        decoder = EventDecoder(self.pipeline)
+        decoder = EventDecoder(self.pipeline, self.pipeline.stream)
         self.mirror = Mirror(client, self.pipeline)
         self._path, self._decode = path, lambda values, keys, sent: decoder.decode(values, sent)
         self._offset = 0
@@ -115,7 +115,7 @@ class Bench:
         """A new owner of the store."""
         self.profiles = Profiles(
             self.entity, self._decode, lambda p, at_most: Store(self._path, self.pipeline.definition), 1,
-            self.pipeline.stream.columns,
+            self.pipeline.columns,
         )  # fmt: skip
         self.profiles.start_at(0, self.profiles.open(0) or 0)
         self.agent = MirrorAgent([self.profiles], self.mirror)

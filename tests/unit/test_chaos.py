@@ -178,7 +178,7 @@ def tape(pipeline: Pipeline, first_id: int, first_time: int, count: int) -> repl
     keys = [str(e["ID"]).encode() for e in events] + [str(e["CUSTOMER"]).encode() for e in events]
     values = [msgspec.json.encode(e) for e in labels + events]
     rows = np.tile(np.arange(count), 2)
-    history = History(times, ids, np.empty((count, 0), np.int64), {}, None)
+    history = History(times, ids, np.empty((count, 0), np.int64), {}, None, np.zeros(count, np.int64))
     picks = order.tolist()
     return replay.Tape(
         history, rows[order], order < count, [keys[i] for i in picks], [values[i] for i in picks]
@@ -198,7 +198,7 @@ def test_the_load_has_everything_and_tells_what_of_it_is_good(pipeline: Pipeline
     }  # fmt: skip
     # What a worker would take of the stream, each once, is what must be predicted.
     good, bad = set(), Counter()
-    decoder = EventDecoder(pipeline)
+    decoder = EventDecoder(pipeline, pipeline.stream)
     for key, value, is_label in zip(load.tape.keys, load.tape.values, load.tape.is_label, strict=True):
         if is_label:
             continue

@@ -48,5 +48,8 @@ def test_the_examples_of_the_page(feature: str, value: str) -> None:
     fields = np.array([np.arange(n), times, np.ones(n, np.int64), [100, 300, 300, 500]], np.int64).T
     states = np.array([POSITIVE, NEGATIVE, UNKNOWN, UNKNOWN], np.int8)
     keys = {"before": np.zeros(n, np.int64), "card": np.zeros(n, np.int64)}
-    found = fold_history(pipeline, History(times, np.arange(n), np.ascontiguousarray(fields), keys, states))
+    found = fold_history(
+        pipeline,
+        History(times, np.arange(n), np.ascontiguousarray(fields), keys, states, np.zeros(n, np.int64)),
+    )
     assert found[-1, 1:].tolist() == [float(part) for part in value.split(", ")]

@@ -117,7 +117,7 @@ def worker_metrics() -> dict[str, set[str]]:
             away=None,
         ),
         score=SimpleNamespace(predicted=0),
-        route=SimpleNamespace(routed=0),
+        routes={"labels": SimpleNamespace(routed=0)},
         dead_letters=0,
         mirror=SimpleNamespace(written=0, failing=None, rebuilding=0),
         checkpoint=SimpleNamespace(

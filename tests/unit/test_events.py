@@ -59,7 +59,7 @@ vector: [N]
 model: {decisions: {alert: 0.1}}
 """)
 SHOP = shop()
-DECODERS = {p.name: EventDecoder(p) for p in (SHOP, KINDS)}
+DECODERS = {p.name: EventDecoder(p, p.stream) for p in (SHOP, KINDS)}
 ORDER = {"ID": 7, "AT": NOW, "CUSTOMER": 3, "SHOP": "north", "AMOUNT": 57.16, "ITEMS": 2, "WEIGHT": 1.25}
 
 
@@ -83,7 +83,7 @@ def kinds(**fields: Any) -> dict[str, int]:
     given = {"ID": "a", "AT": "2020-09-13T12:26:40Z", **fields}
     batch, _, rejects = decode(json.dumps(given).encode(), of=KINDS)
     assert rejects == {}
-    return dict(zip([f.name for f in KINDS.stream.columns], batch.fields[0].tolist(), strict=True))
+    return dict(zip([f.name for f in KINDS.columns], batch.fields[0].tolist(), strict=True))
 
 
 def why(value: bytes, **how: Any) -> str:
@@ -119,7 +119,7 @@ def test_texts_with_a_column_are_codes_and_hashes() -> None:
         "{aggregate: mean, of: ITEMS, window: 1h}", "{aggregate: mean, of: AMOUNT, window: 1h}",
         "hour(AT) <= 6", "SHOP == 'north'",
     )  # fmt: skip
-    decoder = EventDecoder(p)
+    decoder = EventDecoder(p, p.stream)
     given = [("web", "north"), ("phone", ""), ("by post", "é"), (None, None)]
     values = [record(ITEMS=kind, SHOP=name) for kind, name in given] + [
         json.dumps({k: v for k, v in ORDER.items() if k not in ("ITEMS", "SHOP")}).encode()
@@ -131,7 +131,7 @@ def test_texts_with_a_column_are_codes_and_hashes() -> None:
     assert [r.reason.error for r in rejects] == [
         "Expected `str | null`, got `int` - at `$.ITEMS`", "Expected `str | null`, got `int` - at `$.SHOP`",
     ]  # fmt: skip
-    columns = dict(zip([f.name for f in p.stream.columns], batch.fields.T.tolist(), strict=True))
+    columns = dict(zip([f.name for f in p.columns], batch.fields.T.tolist(), strict=True))
     assert columns["ITEMS"] == [0, 1, -1, NULL, NULL]
     assert columns["SHOP"] == [event_id("north"), event_id(""), event_id("é"), NULL, NULL]
     assert columns["AMOUNT"] == [5716] * 5
@@ -257,7 +257,7 @@ def test_a_batch_is_taken_in_any_order() -> None:
 
 
 def test_texts_are_read_again_from_what_was_checked() -> None:
-    read = texts(shop().stream, ["SHOP", "ID"])
+    read = texts(SHOP.fields, ["SHOP", "ID"])
     assert (read(record()).SHOP, read(record()).ID) == ("north", 7)
     assert read(b'{"ID": 1}').SHOP is None
 
@@ -380,21 +380,23 @@ def test_labels_become_columns() -> None:
     values = [
         json.dumps({**LABEL, "ID": i, "RETURNED": s, "KNOWN": NOW + i}).encode() for i, s in enumerate(states)
     ]
-    batch, kept, rejects = LabelDecoder(shop()).decode(values)
+    batch, kept, rejects = LabelDecoder(SHOP, SHOP.said[0]).decode(values)
     assert (kept.tolist(), rejects) == ([0, 1, 2], [])
     assert batch.states.tolist() == [POSITIVE, NEGATIVE, UNKNOWN]
     assert batch.ids.tolist() == [0, 1, 2]
     assert batch.times.tolist() == [NOW] * 3
     assert batch.clocks.tolist() == [NOW, NOW + 1, NOW + 2]
-    assert batch.keys == {"SHOP": ["north"] * 3}
+    assert batch.keys == {"shop": ["north"] * 3}
 
 
 def test_a_label_carries_the_keys_of_labelled_entities_and_the_units_of_the_stream() -> None:
     label = {"ID": "a", "AT": "2020-09-13T12:26:40Z", "GOOD": 0, "SINCE": "2020-09-14T12:26:40Z"}
     with_key = {**label, "INT": 5}
-    batch, _, rejects = LabelDecoder(KINDS).decode([json.dumps(x).encode() for x in (label, with_key)])
+    batch, _, rejects = LabelDecoder(KINDS, KINDS.said[0]).decode(
+        [json.dumps(x).encode() for x in (label, with_key)]
+    )
     assert rejects == []
-    assert batch.keys == {"INT": [None, 5]}
+    assert batch.keys == {"int": [None, 5]}
     assert batch.ids.tolist() == [event_id("a")] * 2
     assert (batch.times.tolist(), batch.clocks.tolist()) == ([NOW] * 2, [NOW + 86_400_000] * 2)
 
@@ -414,7 +416,7 @@ BAD_LABELS = {
 @pytest.mark.parametrize(("bad", "reason"), BAD_LABELS.values(), ids=BAD_LABELS.keys())
 def test_a_bad_label_is_told_apart_with_its_reason(bad: Any, reason: str) -> None:
     good, value = json.dumps(LABEL).encode(), bad if bad == b"" else json.dumps({**LABEL, **bad}).encode()
-    batch, kept, rejects = LabelDecoder(shop()).decode([good, value, good])
+    batch, kept, rejects = LabelDecoder(SHOP, SHOP.said[0]).decode([good, value, good])
     assert (kept.tolist(), batch.ids.tolist()) == ([0, 2], [7, 7])
     assert [(r.index, reason in r.reason.error) for r in rejects] == [(1, True)]
 
@@ -422,6 +424,6 @@ def test_a_bad_label_is_told_apart_with_its_reason(bad: Any, reason: str) -> Non
 def test_a_label_must_say_what_it_is() -> None:
     """A missing label is not an unknown one."""
     label = {k: v for k, v in LABEL.items() if k != "RETURNED"}
-    _, kept, rejects = LabelDecoder(shop()).decode([json.dumps(label).encode()])
+    _, kept, rejects = LabelDecoder(SHOP, SHOP.said[0]).decode([json.dumps(label).encode()])
     assert kept.tolist() == []
     assert rejects[0].reason == ("missing-field", "Object missing required field `RETURNED`")

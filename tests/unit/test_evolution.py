@@ -21,6 +21,11 @@ WEIGHED = "      WEIGHT: {type: float, optional: true}\n"
 BOX = "  box:\n    key: ITEMS\n    features: {BOX_NB: {aggregate: count, window: 1h}}\n"
 KEY, ID = "CUSTOMER: int", "      ID: int\n"
 MORE = "labels:\n"  # behind the fields
+REVERSALS = "reversals:\n  known: GONE\n"
+LOGINS = (
+    MORE,
+    f"  logins:\n    id: ID\n    time: AT\n    fields: {{ID: int, AT: timestamp, CUSTOMER: int}}\n{MORE}",
+)
 
 
 def field(text: str) -> tuple[str, str]:
@@ -102,6 +107,23 @@ CASES: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "`labels` are added or removed": [
         (UNLABELLED, ("lateness:", "labels: {field: GONE, known: KNOWN}\nlateness:")),
         ((RISK, "", " SHOP_RISK,", ""), UNLABELLED[:2]),
+    ],
+    "a stream is added, removed, or renamed among several": [
+        ((), LOGINS),
+        (LOGINS, ("  logins:\n", "  sessions:\n")),
+        (LOGINS, (LOGINS[1].removesuffix(MORE), "")),
+    ],
+    "another stream is scored": [(LOGINS, ("    fields: {ID: int", "    scored: true\n    fields: {ID: int"))],
+    "`reversals` are added or removed": [
+        ((), (MORE, f"{REVERSALS}{MORE}")),
+        ((MORE, f"{REVERSALS}{MORE}"), (REVERSALS, "")),
+    ],
+    "another `known` of the reversals": [((MORE, f"{REVERSALS}{MORE}"), ("known: GONE", "known: AWAY"))],
+    "another `topic` of the reversals": [
+        ((MORE, f"{REVERSALS}{MORE}"), ("known: GONE", "known: GONE\n  topic: raw"))
+    ],
+    "the first entity gets features over labels, which labels must carry its key for": [
+        ((), ("{aggregate: count, window: 1d}", "{aggregate: share, of: RETURNED, window: 1d, delay: 1d}"))
     ],
     "another `field` of the labels": [((), ("field: RETURNED", "field: GONE", "of: RETURNED", "of: GONE"))],
     "another `known` of the labels": [((), ("known: KNOWN", "known: SEEN"))],

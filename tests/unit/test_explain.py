@@ -15,13 +15,13 @@ from models.aggregates import KINDS, Aggregate
 from models.events import event_id
 from models.explain import Event, Moment, UnknownFeature, View, asked, explain, look
 from models.fields import Field
-from models.pipeline import Entity, Stream, find
+from models.pipeline import Entity, find
 from models.windows import NEGATIVE, POSITIVE, UNKNOWN
 from tests.conftest import PIPELINES
 from tests.fixtures.histories import PROFILES, SPAN, Case, Entry, Truth, Worker, bits, cases, label
 
 STATES = ("unknown", "negative", "positive")
-STREAM = Stream("log", "ID", "TIME", {f"v{i}": Field(f"v{i}", "int") for i in range(2)})
+FIELDS = {f"v{i}": Field(f"v{i}", "int") for i in range(2)}
 
 
 def entity_of(case: Case, labelled: bool = True) -> Entity:
@@ -31,13 +31,13 @@ def entity_of(case: Case, labelled: bool = True) -> Entity:
         for name in [f"f{k}", *(f"f{k}_{i}" for i in range(2, a.width + 1))]
     )
     values = tuple(f"v{i}" for i in range(case.columns))
-    return Entity("one", "KEY", "log", names, values, (), tuple(case.aggregates), labelled, case.plan)
+    return Entity("one", ("KEY",), "log", names, values, (), tuple(case.aggregates), labelled, case.plan)
 
 
 def moment(case: Case, history: list[Entry], profile: int, time: int, worker: Worker | None = None) -> Moment:
     worker = worker or Worker(case.plan)
     worker.run(history, [])
-    return look(STREAM, entity_of(case), worker.arena, worker.slot(profile), time, {})
+    return look(FIELDS, entity_of(case), worker.arena, worker.slot(profile), time, {})
 
 
 def oracle_of(event: Event) -> oracle.Row:
@@ -119,11 +119,11 @@ def test_a_label_that_flips_and_an_event_that_comes_late_are_told() -> None:
 
 def test_ids_are_the_stream_s_and_values_in_their_own_unit() -> None:
     case = Case(1, [Aggregate(KINDS["mean"], 20, divisor=100)], 0, [])
-    stream = Stream("log", "ID", "TIME", {"v0": Field("v0", "decimal", divisor=100)})
+    fields = {"v0": Field("v0", "decimal", divisor=100)}
     worker = Worker(case.plan)
     worker.run([Entry(0, 10, event_id("a"), (1250,)), Entry(0, 11, 7, (None,))], [])
     entity = entity_of(case, labelled=False)
-    found = look(stream, entity, worker.arena, worker.slot(0), 11, {event_id("a"): "a"})
+    found = look(fields, entity, worker.arena, worker.slot(0), 11, {event_id("a"): "a"})
     assert found.view("f0").events == [
         Event("a", 10, {"v0": 12.5}, None), Event(7, 11, {"v0": None}, None),
     ]  # fmt: skip

@@ -42,11 +42,11 @@ class Bench:
     def __init__(self, path: Path, most_bytes: int = 2**30) -> None:
         self.path = path
         self.pipeline: Pipeline = find("card-fraud", PIPELINES)
-        decoder = EventDecoder(self.pipeline)
+        decoder = EventDecoder(self.pipeline, self.pipeline.stream)
         self.profiles = Profiles(
             self.pipeline.entities[0], lambda values, keys, sent: decoder.decode(values, sent),
             lambda partition, at_most: Store(path / str(partition), self.pipeline.definition), 1,
-            self.pipeline.stream.columns, targets=1,
+            self.pipeline.columns, targets=1,
         )  # fmt: skip
         self.producer = Producer()
         self.outbox = outbox(self.producer)
@@ -54,10 +54,9 @@ class Bench:
         self.committed: list[int] = []
         self.flush = Flush(
             [self.profiles],
-            None,
+            [],
             self.outbox,
             lambda topic, partition, position: self.committed.append(position),
-            None,
             most_bytes,
         )
         self.profiles.start_at(0, self.profiles.open(0) or 0)

@@ -105,7 +105,7 @@ def test_what_does_not_fit_the_stream_is_told(
 ) -> None:
     path = written(tmp_path, payments([(0, 1, 1, 1.0, 1), (1, 1, 1, 2.0, 0)], **changes))
     if sentence is None:
-        assert len(history.read(path, cards).table) == 2
+        assert len(history.read(path, cards).tables[0]) == 2
         return
     with pytest.raises(history.FileWrong, match=sentence):
         history.read(path, cards)
@@ -171,7 +171,7 @@ def test_texts_stand_in_the_block_as_the_stream_decodes_them(kind: pa.DataType, 
     pq.write_table(table, path, row_group_size=2)  # so a dictionary a group
     fields = history.read(path, TEXTS).history.fields
     values = [json.dumps(row).encode() for row in table.to_pylist()]
-    batch, _, rejects = EventDecoder(TEXTS).decode(values, np.full(5, 2**62))
+    batch, _, rejects = EventDecoder(TEXTS, TEXTS.stream).decode(values, np.full(5, 2**62))
     assert not rejects
     np.testing.assert_array_equal(fields, batch.fields)
     assert fields[:, 5].tolist() == [0, NULL, -1, 1, 0]

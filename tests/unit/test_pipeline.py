@@ -51,7 +51,7 @@ def test_what_is_compiled() -> None:
         ("field", "AMOUNT"), ("field", "ITEMS"), ("field", "WEIGHT"), ("transform", "NIGHT"),
         ("shop", "SHOP_RISK"), ("customer", "CUSTOMER_NB"), ("customer", "CUSTOMER_SPENT"), ("shop", "SHOP_ITEMS"),
     )  # fmt: skip
-    assert [f.name for f in p.stream.columns] == ["ID", "AT", "CUSTOMER", "AMOUNT", "ITEMS", "WEIGHT"]
+    assert [f.name for f in p.columns] == ["ID", "AT", "CUSTOMER", "AMOUNT", "ITEMS", "WEIGHT"]
     assert {f.name: f.integral for f in p.stream.fields.values()} == {
         "ID": True, "AT": True, "CUSTOMER": True, "SHOP": False, "AMOUNT": True, "ITEMS": True, "WEIGHT": False,
     }  # fmt: skip
@@ -78,9 +78,9 @@ CHANNEL = (
 def test_what_has_a_column_of_the_block() -> None:
     """Categories, and those strings that something needed compares, in the stream's order."""
     plain = ["ID", "AT", "CUSTOMER", "AMOUNT", "ITEMS", "WEIGHT", "CHANNEL"]
-    assert [f.name for f in shop(*CHANNEL).stream.columns] == plain
+    assert [f.name for f in shop(*CHANNEL).columns] == plain
     p = shop(*CHANNEL, "hour(AT) <= 6", "NOTE == 'a' or SHOP in ('b', 'c')\n  UNUSED: TEXT == 'd'")
-    assert [f.name for f in p.stream.columns] == [*plain[:3], "SHOP", *plain[3:], "NOTE"]
+    assert [f.name for f in p.columns] == [*plain[:3], "SHOP", *plain[3:], "NOTE"]
     fields = p.stream.fields
     assert (fields["NOTE"].hashed, fields["TEXT"].hashed, fields["CHANNEL"].hashed) == (True, False, False)
     assert (fields["NOTE"].integral, fields["TEXT"].integral, fields["CHANNEL"].integral) == (
@@ -149,14 +149,34 @@ class Bad:
 
 
 ID = "    id: ID\n    time: AT\n"
+LOGINS = (
+    "  logins:\n    id: ID\n    time: AT\n"
+    "    fields: {ID: int, AT: timestamp, CUSTOMER: int, DEVICE: string, OK: int}\nlabels:\n"
+)
 MALFORMED = {
     # the file as a whole
     "no name": Bad("name: shop\n", "", 1, "$", "missing required field `name`", True),
     "unknown part": Bad("lateness: 1h", "latness: 1h", 17, "latness", "did you mean lateness?", True),
     "nothing like it": Bad("lateness: 1h", "xyz: 1h", 17, "xyz", "there are: name, streams, entities", True),
     "name is a date": Bad("name: shop", "name: 2020-01-01", 1, "name", "Expected `str`, got `date`", True),
-    "no stream": Bad(SHOP[SHOP.index("  orders:") : SHOP.index("labels:")], "  {}\n", 2, "streams", "there are 0; this"),
-    "two streams": Bad("labels:\n", "  more: {}\nlabels:\n", 2, "streams", "takes exactly one stream"),
+    "no stream": Bad(SHOP[SHOP.index("  orders:") : SHOP.index("labels:")], "  {}\n", 2, "streams", "there is none; name at least one"),
+    "second stream of nothing": Bad("labels:\n", "  more: {}\nlabels:\n", 14, "streams.more", "missing required field `id`", True),
+    "stream's name": Bad("  orders:", "  new orders:", 3, "streams.new orders", "letters, digits and '_'"),
+    "first stream not scored": Bad(ID, ID + "    scored: false\n", 6, "streams.orders.scored", "put another one first"),
+    "two of a field": Bad("labels:\n", LOGINS.replace("CUSTOMER: int", "CUSTOMER: string"), 17, "streams.logins.fields.CUSTOMER", "declare both alike, or rename one"),
+    "a field that tells streams apart": Bad("labels:\n", LOGINS.replace("OK: int", "stream: int"), 17, "streams.logins.fields.stream", "rename the field"),
+    "two streams of a topic": Bad("labels:\n", LOGINS.replace("labels:", "    topic: shop.orders\nlabels:"), 14, "streams.logins", "the topic shop.orders has another use"),
+    "from nowhere": Bad("{aggregate: count, window: 1d}", "{aggregate: count, from: order, window: 1d}", 24, "entities.customer.features.CUSTOMER_NB.from", "did you mean orders?"),
+    "from a stream without the field": Bad("labels:\n", LOGINS, 33, "entities.shop.features.SHOP_ITEMS.from", "logins has no SHOP, the key", more=("{aggregate: mean,", "{aggregate: mean, from: logins,")),
+    "key of two streams": Bad("labels:\n", LOGINS, 31, "entities.shop.key", "no stream has SHOP and DEVICE", more=("key: SHOP", "key: [SHOP, DEVICE]")),
+    "key of nothing": Bad("key: SHOP", "key: []", 27, "entities.shop.key", "name at least one field, and each once"),
+    "key twice the same": Bad("key: SHOP", "key: [SHOP, SHOP]", 27, "entities.shop.key", "name at least one field, and each once"),
+    "key of a float among others": Bad("key: SHOP", "key: [SHOP, WEIGHT]", 27, "entities.shop.key", "WEIGHT is no int or string"),
+    "share of who has no label": Bad("labels:\n", LOGINS, 38, "entities.device.features.RISK", "of a first stream with this key", more=("vector: [", "  device:\n    key: DEVICE\n    features:\n      RISK: {aggregate: share, of: RETURNED, window: 1d, delay: 1d}\nvector: [")),
+    "reversal known as a field": Bad("lateness: 1h", "reversals: {known: AT}\nlateness: 1h", 17, "reversals.known", "AT is a field of a stream"),
+    "reversals without a time": Bad("lateness: 1h", "reversals: {}\nlateness: 1h", 17, "reversals", "missing required field `known`", True),
+    "unknown in reversals": Bad("lateness: 1h", "reversals: {known: X, tpic: a}\nlateness: 1h", 17, "reversals.tpic", "did you mean topic?", True),
+    "hop under reversals": Bad("lateness: 1h", "reversals: {known: X}\nlateness: 1h", 29, "entities.shop.hop", "drop the hop, or reversals", more=("    key: SHOP\n", "    key: SHOP\n    hop: 1s\n")),
     "lateness": Bad("lateness: 1h", "lateness: 1 hour", 17, "lateness", "write a whole number and ms, s, m, h or d"),
     "lateness is a number": Bad("lateness: 1h", "lateness: 5", 17, "lateness", "Expected `str`, got `int`", True),
     "4001 days": Bad("lateness: 1h", "lateness: 4001d", 17, "lateness", "longer than 4000 days"),
@@ -190,13 +210,13 @@ MALFORMED = {
     "scale of a category": Bad("      CUSTOMER: int", "      CUSTOMER: {type: category, values: [a], scale: 1}", 9, "streams.orders.fields.CUSTOMER.scale", "a category has no scale"),
     "key is a category": Bad("      CUSTOMER: int", "      CUSTOMER: {type: category, values: [a]}", 22, "entities.customer.key", "CUSTOMER is no int or string"),
     "sum of a category": Bad("AMOUNT: {type: decimal, scale: 2}", "AMOUNT: {type: category, values: [a]}", 25, "entities.customer.features.CUSTOMER_SPENT.of", "AMOUNT is a category; aggregates are exact"),
-    "stream named as predictions": Bad("  orders:", "  predictions:", 2, "streams", "the topic shop.predictions has another use"),
-    "stream in the dead letters": Bad(ID, ID + "    topic: shop.dead-letters\n", 2, "streams", "the topic shop.dead-letters has another use"),
+    "stream named as predictions": Bad("  orders:", "  predictions:", 3, "streams.predictions", "the topic shop.predictions has another use"),
+    "stream in the dead letters": Bad(ID, ID + "    topic: shop.dead-letters\n", 3, "streams.orders", "the topic shop.dead-letters has another use"),
     # labels
     "labels in the stream": Bad("  known: KNOWN", "  known: KNOWN\n  topic: shop.orders", 14, "labels", "the topic shop.orders has another use"),
     "stream named as labels": Bad("  orders:", "  labels:", 14, "labels", "the topic shop.labels has another use; write topic:"),
-    "label is a field": Bad("field: RETURNED", "field: ITEMS", 15, "labels.field", "ITEMS is a field of the stream; an event"),
-    "known is a field": Bad("known: KNOWN", "known: AT", 16, "labels.known", "AT is a field of the stream; an event"),
+    "label is a field": Bad("field: RETURNED", "field: ITEMS", 15, "labels.field", "ITEMS is a field of a stream; an event"),
+    "known is a field": Bad("known: KNOWN", "known: AT", 16, "labels.known", "AT is a field of a stream; an event"),
     "label's name": Bad("field: RETURNED", "field: is returned", 15, "labels.field", "letters, digits and '_'"),
     "known is the label": Bad("known: KNOWN", "known: RETURNED", 16, "labels.known", "RETURNED is the label itself; name"),
     "unknown in labels": Bad("  known: KNOWN", "  known: KNOWN\n  topics: x", 17, "labels.topics", "did you mean topic?", True),
@@ -242,7 +262,6 @@ MALFORMED = {
     "share without labels": Bad("labels:\n  field: RETURNED\n  known: KNOWN\n", "\n\n\n", 30, "entities.shop.features.SHOP_RISK", "add 'labels:' with field and known"),
     "share of a field": Bad("of: RETURNED", "of: ITEMS", 30, "entities.shop.features.SHOP_RISK.of", "write of: RETURNED"),
     "share at the event": Bad(", delay: 1d", "", 30, "entities.shop.features.SHOP_RISK.delay", "write the delay by which it is"),
-    "share of the first entity": Bad("{aggregate: count, window: 1d}", "{aggregate: share, of: RETURNED, window: 1d, delay: 1d}", 24, "entities.customer.features.CUSTOMER_NB", "put an entity without label features first"),
     "no k": Bad("{aggregate: count, window: 1d}", "{aggregate: last_k, of: AMOUNT, window: 1d}", 24, "entities.customer.features.CUSTOMER_NB", "last_k needs k; write for instance k: 3"),
     "k of zero": Bad("{aggregate: count, window: 1d}", "{aggregate: last_k, of: AMOUNT, window: 1d, k: 0}", 24, "entities.customer.features.CUSTOMER_NB.k", "k is between 1 and 100"),
     "k of a count": Bad("{aggregate: count, window: 1d}", "{aggregate: count, window: 1d, k: 3}", 24, "entities.customer.features.CUSTOMER_NB.k", "count takes no k; drop it"),
@@ -267,7 +286,6 @@ MALFORMED = {
     "by a value twice": Bad("{aggregate: count, window: 1d}", "{aggregate: count, window: 1d, by: {ITEMS: [1, 1]}}", 24, "entities.customer.features.CUSTOMER_NB.by.ITEMS", "each once"),
     "by a value below zero": Bad("{aggregate: count, window: 1d}", "{aggregate: count, window: 1d, by: {ITEMS: [-1]}}", 24, "entities.customer.features.CUSTOMER_NB.by.ITEMS", "does not go into a name"),
     "window is a number": Bad("{aggregate: count, window: 1d}", "{aggregate: count, window: 5}", 24, "entities.customer.features.CUSTOMER_NB.window", "Expected `str | null`, got `int`", True),
-    "coverage of the first entity": Bad("{aggregate: count, window: 1d}", "{aggregate: coverage, of: RETURNED, window: 1d, delay: 1d}", 24, "entities.customer.features.CUSTOMER_NB", "put an entity without label features first"),
     "hop of the first entity": Bad("    key: CUSTOMER\n", "    key: CUSTOMER\n    hop: 1s\n", 23, "entities.customer.hop", "put one without a hop before it"),
     "hop of zero": Bad("    key: SHOP\n", "    key: SHOP\n    hop: 0s\n", 28, "entities.shop.hop", "a hop is longer than 0"),
     "hop under labels": Bad("    key: SHOP\n", "    key: SHOP\n    hop: 1s\n", 31, "entities.shop.features.SHOP_RISK.aggregate", "cells do not tell the share"),

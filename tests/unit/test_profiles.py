@@ -29,7 +29,7 @@ from tests.fixtures.logs import Fetched, Mortal, log, order
 from tests.fixtures.pipelines import shop
 
 SHOP = shop()
-NUMERIC = [f.name for f in SHOP.stream.columns]
+NUMERIC = [f.name for f in SHOP.columns]
 PARTITIONS = 3
 # Of records between stages: no predecessor, and nothing cut.
 NONE_BEFORE, SOUND = np.array([-1]), np.array([False])
@@ -42,13 +42,13 @@ Results = dict[tuple[int, int], tuple[int, list[int]]]  # by (partition, offset)
 
 def customers(root: Path, open_store: Open = Store, pipeline: Any = SHOP) -> Profiles:
     """The first stage: folds events, and checks where they stand."""
-    decoder = EventDecoder(pipeline)
+    decoder = EventDecoder(pipeline, pipeline.stream)
     return Profiles(
         pipeline.entities[0],
         lambda values, keys, sent: decoder.decode(values, sent),
         lambda p, at_most: open_store(root / f"customer-{p}", pipeline.definition),
         PARTITIONS,
-        SHOP.stream.columns,
+        SHOP.columns,
         partial(partition_of, count=PARTITIONS),
     )
 
@@ -61,7 +61,8 @@ def shops(root: Path, open_store: Open = Store) -> Profiles:
         lambda values, keys, sent: codec.decode(values, keys),
         lambda p, at_most: open_store(root / f"shop-{p}", SHOP.definition),
         PARTITIONS,
-        SHOP.stream.columns,
+        SHOP.columns,
+        writers=2,
     )
 
 
@@ -202,7 +203,7 @@ def event_logs(draw: st.DrawFn) -> list[list[Fetched]]:
 
 def customers_of_the_oracle(logs: list[list[Fetched]]) -> tuple[Results, dict[int, oracle.Profile]]:
     """What the logs say, record by record, and in the end."""
-    decoder = EventDecoder(SHOP)
+    decoder = EventDecoder(SHOP, SHOP.stream)
     aggregates = [Aggregate(COUNT, DAY), Aggregate(SUM, 7 * DAY, divisor=100)]
     profiles: dict[int, oracle.Profile] = defaultdict(lambda: oracle.Profile(aggregates, 7 * DAY + HOUR))
     found: Results = {}
@@ -248,7 +249,7 @@ def record_logs(draw: st.DrawFn) -> tuple[list[list[Fetched]], list[list[Fetched
     A writer that crashed begins again at or before the last record that it had sent to each partition.
     """
     codec = RecordCodec(SHOP, 1)
-    decoder, labels = EventDecoder(SHOP), LabelDecoder(SHOP)
+    decoder, labels = EventDecoder(SHOP, SHOP.stream), LabelDecoder(SHOP, SHOP.said[0])
     names = [f"s{i}" for i in range(5)]
     writers: list[list[tuple[int, bytes, bytes]]] = []  # of each: (target, key, value) in its order
     for upstream in range(3):
@@ -273,7 +274,7 @@ def record_logs(draw: st.DrawFn) -> tuple[list[list[Fetched]], list[list[Fetched
                 raw = [b'{"ID": %d, "AT": %d, "SHOP": "%s", "RETURNED": %s, "KNOWN": %d}'
                        % (id, at, name.encode(), state, at + DAY)]  # fmt: skip
                 found, _, _ = labels.decode(raw)
-                (value,) = codec.encode_labels(found, np.array([0]), np.array([offset]), before)
+                (value,) = codec.encode_labels(found, np.array([0]), np.array([offset]), before, 1)
             key = name.encode()
             own.append((target, key, value))
         writers.append(own)
@@ -343,7 +344,7 @@ def test_what_is_sent_again_is_folded_once(
 
 
 def test_what_was_seen_is_dropped_and_counted_even_after_a_restart(tmp_path: Path) -> None:
-    codec, decoder = RecordCodec(SHOP, 1), EventDecoder(SHOP)
+    codec, decoder = RecordCodec(SHOP, 1), EventDecoder(SHOP, SHOP.stream)
     events, _, _ = decoder.decode([order(i, SHOP="north") for i in range(3)], np.full(3, START * 2))
     values = codec.encode(
         events, np.zeros((3, 2)), np.array([2, 2, 1]), np.array([10, 11, 0]), NONE_BEFORE, SOUND
@@ -389,7 +390,7 @@ def test_what_the_mirror_reads_from_the_store_takes_no_slot_of_others(tmp_path: 
 
 def test_a_missing_record_is_noticed_held_up_and_mended(tmp_path: Path) -> None:
     """Its successors are left out, also after a restart, and come again behind it."""
-    codec, decoder = RecordCodec(SHOP, 1), EventDecoder(SHOP)
+    codec, decoder = RecordCodec(SHOP, 1), EventDecoder(SHOP, SHOP.stream)
     events, _, _ = decoder.decode([order(i, SHOP="north") for i in range(4)], np.full(4, START * 2))
     values = codec.encode(
         events, np.zeros((4, 2)), np.full(4, 2), np.arange(4), np.array([-1, 0, 1, 2]), np.zeros(4, np.bool_)
@@ -436,7 +437,7 @@ def test_what_a_cut_log_lacks_marks_values_until_the_longest_window_has_passed(
 
 
 def test_values_of_a_degraded_stage_before_are_degraded(tmp_path: Path) -> None:
-    codec, decoder = RecordCodec(SHOP, 1), EventDecoder(SHOP)
+    codec, decoder = RecordCodec(SHOP, 1), EventDecoder(SHOP, SHOP.stream)
     events, _, _ = decoder.decode([order(i, SHOP="north") for i in range(2)], np.full(2, START * 2))
     marks, zeros = np.array([True, False]), np.zeros(2, np.int64)
     values = codec.encode(events, np.zeros((2, 2)), zeros, np.arange(2), np.arange(-1, 1), marks)
@@ -447,7 +448,7 @@ def test_values_of_a_degraded_stage_before_are_degraded(tmp_path: Path) -> None:
 
 def test_what_was_seen_but_not_written_is_folded_again(tmp_path: Path) -> None:
     """Let go without a flush, and taken again by the same process."""
-    codec, decoder = RecordCodec(SHOP, 1), EventDecoder(SHOP)
+    codec, decoder = RecordCodec(SHOP, 1), EventDecoder(SHOP, SHOP.stream)
     events, _, _ = decoder.decode([order(1, SHOP="north")], np.array([START * 2]))
     (value,) = codec.encode(events, np.zeros((1, 2)), np.array([2]), np.array([10]), NONE_BEFORE, SOUND)
     p, profiles = partition_of(b"north", PARTITIONS), opened(shops(tmp_path))
@@ -743,8 +744,10 @@ def test_what_could_not_be_used_is_given_out_again(tmp_path: Path) -> None:
 
 def test_a_profile_of_labels_alone_is_stored_and_not_given_out(tmp_path: Path) -> None:
     codec, profiles = RecordCodec(SHOP, 1), opened(shops(tmp_path))
-    labels, _, _ = LabelDecoder(SHOP).decode([b'{"ID": 1, "AT": 5, "SHOP": "x", "RETURNED": 1, "KNOWN": 9}'])
-    (value,) = codec.encode_labels(labels, np.array([0]), np.array([0]), NONE_BEFORE)
+    labels, _, _ = LabelDecoder(SHOP, SHOP.said[0]).decode(
+        [b'{"ID": 1, "AT": 5, "SHOP": "x", "RETURNED": 1, "KNOWN": 9}']
+    )
+    (value,) = codec.encode_labels(labels, np.array([0]), np.array([0]), NONE_BEFORE, 1)
     p = partition_of(b"x", PARTITIONS)
     profiles.apply([(p, [Fetched(0, value, b"x")])])
     assert profiles.touched(10).keys == []
@@ -753,7 +756,7 @@ def test_a_profile_of_labels_alone_is_stored_and_not_given_out(tmp_path: Path) -
     profiles.write(snapshot)
     profiles.close(p)
     profiles.start_at(p, profiles.open(p) or 0)
-    events, _, _ = EventDecoder(SHOP).decode([order(1, SHOP="x", AT=5)], np.array([START]))
+    events, _, _ = EventDecoder(SHOP, SHOP.stream).decode([order(1, SHOP="x", AT=5)], np.array([START]))
     (value,) = codec.encode(events, np.zeros((1, 2)), np.array([0]), np.array([0]), NONE_BEFORE, SOUND)
     profiles.apply([(p, [Fetched(1, value, b"x")])])
     assert profiles.counts["label_early"] == profiles.counts["folded"] == 1
@@ -763,14 +766,14 @@ def test_a_profile_of_labels_alone_is_stored_and_not_given_out(tmp_path: Path) -
 
 def test_a_label_touches_what_it_changes(tmp_path: Path) -> None:
     codec, profiles, p = RecordCodec(SHOP, 1), opened(shops(tmp_path)), partition_of(b"x", PARTITIONS)
-    events, _, _ = EventDecoder(SHOP).decode([order(1, SHOP="x", AT=START)], np.array([START]))
+    events, _, _ = EventDecoder(SHOP, SHOP.stream).decode([order(1, SHOP="x", AT=START)], np.array([START]))
     (event,) = codec.encode(events, np.zeros((1, 2)), np.array([0]), np.array([0]), NONE_BEFORE, SOUND)
     profiles.apply([(p, [Fetched(0, event, b"x")])])
     assert profiles.touched(10).keys == [b"x"]
     for n, (id, given_out) in enumerate([(2, []), (1, [b"x"])]):  # one waits for its event, one has it
         label = b'{"ID": %d, "AT": %d, "SHOP": "x", "RETURNED": 1, "KNOWN": %d}' % (id, START, START)
-        labels, _, _ = LabelDecoder(SHOP).decode([label])
-        (value,) = codec.encode_labels(labels, np.array([0]), np.array([n]), NONE_BEFORE)
+        labels, _, _ = LabelDecoder(SHOP, SHOP.said[0]).decode([label])
+        (value,) = codec.encode_labels(labels, np.array([0]), np.array([n]), NONE_BEFORE, 1)
         profiles.apply([(p, [Fetched(n + 1, value, b"x")])])
         assert profiles.touched(10).keys == given_out
         assert [len(s.profiles) for s in profiles.snapshots()] == [1]

@@ -13,8 +13,6 @@ from hypothesis.extra import numpy as npst
 
 from models.events import Batch, LabelBatch, key_bytes
 from models.records import (
-    FROM_LABELS,
-    FROM_STAGE,
     GAP,
     NEVER,
     NEWS,
@@ -23,9 +21,9 @@ from models.records import (
     chain,
     fresh,
     in_step,
+    keys_of,
     loosened,
-    next_keys,
-    source,
+    writers,
 )  # fmt: skip
 from models.windows import EVENT, LABEL, NEGATIVE, NULL, POSITIVE, UNKNOWN
 from tests.fixtures.histories import bits
@@ -77,7 +75,7 @@ def test_decoding_is_the_inverse_of_encoding(data: st.DataObject, batch: Batch) 
     assert bits(out.features) == bits(features)
     assert (out.payloads, out.keys) == (batch.payloads, keys)
     assert out.sources is not None and out.offsets is not None
-    assert out.sources.tolist() == source(np.zeros(n, np.int64), partitions).tolist()
+    assert out.sources.tolist() == (partitions * 2).tolist()
     assert out.previous is not None and out.degraded is not None
     assert out.offsets.tolist() == offsets.tolist()
     assert (out.previous.tolist(), out.degraded.tolist()) == (previous.tolist(), degraded.tolist())
@@ -107,7 +105,7 @@ def test_labels_go_in_and_out() -> None:
         keys={"SHOP": ["a", "b", None]},
     )
     values = CODEC.encode_labels(
-        labels, np.array([0, 3, 3]), np.array([100, 101, 102]), np.array([-1, -1, 101])
+        labels, np.array([0, 3, 3]), np.array([100, 101, 102]), np.array([-1, -1, 101]), 1
     )
     out, kept, rejects = CODEC.decode(values, [b"a", b"b", None])
     assert (kept.tolist(), rejects) == ([0, 1, 2], [])
@@ -118,13 +116,13 @@ def test_labels_go_in_and_out() -> None:
     assert out.offsets is not None and out.offsets.tolist() == [100, 101, 102]
     assert out.previous is not None and out.previous.tolist() == [-1, -1, 101]
     assert out.sources is not None
-    assert out.sources.tolist() == source(np.full(3, FROM_LABELS), np.array([0, 3, 3])).tolist()
+    assert out.sources.tolist() == [1, 7, 7]  # partition * 2 + 1, the labels being the second of two writers
 
 
 def test_records_are_taken_with_their_origin() -> None:
     labels = LabelBatch(np.arange(3), np.arange(3), np.zeros(3, np.int8), np.arange(3), {"SHOP": [None] * 3})
     batch, _, _ = CODEC.decode(
-        CODEC.encode_labels(labels, np.arange(3), np.array([7, 8, 9]), np.arange(3)), [None] * 3
+        CODEC.encode_labels(labels, np.arange(3), np.array([7, 8, 9]), np.arange(3), 1), [None] * 3
     )
     taken = batch.take(np.array([2, 0]))
     assert taken.sources is not None and taken.offsets is not None
@@ -132,8 +130,17 @@ def test_records_are_taken_with_their_origin() -> None:
 
 
 def test_each_writer_s_partition_is_a_source_of_its_own() -> None:
-    writers, partitions = np.array([FROM_STAGE, FROM_LABELS] * 50), np.repeat(np.arange(50), 2)
-    assert sorted(source(writers, partitions).tolist()) == list(range(100))
+    labels = LabelBatch(
+        np.arange(50), np.arange(50), np.zeros(50, np.int8), np.arange(50), {"shop": [None] * 50}
+    )
+    found = []
+    for writer, topic in enumerate(writers(SHOP, 1)):
+        assert topic == (SHOP.entities[0].log, "shop.labels")[writer]
+        values = CODEC.encode_labels(labels, np.arange(50), np.zeros(50), np.zeros(50), writer)
+        batch, _, _ = CODEC.decode(values, [None] * 50)
+        assert batch.sources is not None
+        found += batch.sources.tolist()
+    assert sorted(found) == list(range(100))
 
 
 # --- what is foreign ---------------------------------------------------------------------------
@@ -143,7 +150,7 @@ def one_record(codec: RecordCodec = CODEC) -> bytes:
     labels = LabelBatch(
         np.array([5]), np.array([1]), np.array([POSITIVE], np.int8), np.array([8]), {"SHOP": ["a"]}
     )
-    return codec.encode_labels(labels, np.array([0]), np.array([100]), np.array([-1]))[0]
+    return codec.encode_labels(labels, np.array([0]), np.array([100]), np.array([-1]), 1)[0]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +218,7 @@ def test_the_next_stage_s_keys_are_read_from_the_events(key: str, keys: list[byt
         keys=[None] * n,
         payloads=[b'{"SHOP": "north"}', '{"SHOP": "süd"}'.encode(), b'{"ID": 1}', b'{"SHOP": ""}'],
     )
-    assert next_keys(p, 1)(batch) == keys
+    assert keys_of(p, 1)(batch) == keys
 
 
 # --- what was seen -----------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def test_a_vector_does_not_depend_on_what_is_beside_it(rows: list[tuple[int, int
 def test_shipped_pipelines_give_vectors() -> None:
     for path in SHIPPED:
         p = pipeline.load(path)
-        fields = np.ones((3, len(p.stream.columns)), np.int64)
+        fields = np.ones((3, len(p.columns)), np.int64)
         features = np.ones((3, sum(len(e.features) for e in p.entities)))
         vectors = Vectors(p).of(fields, features)
         assert vectors.shape == (3, len(p.vector))

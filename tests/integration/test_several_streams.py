@@ -1,0 +1,170 @@
+"""Several streams into one entity, on real servers: nothing lost, doubled or different, whoever is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from app import history, kafka, lifecycle, replay, session, verify
+from app.datasets.network import write_network
+from app.local.services import Addresses
+from app.model_life import ModelLife
+from app.settings import Settings
+from models.pipeline import Pipeline, find, load
+from models.predictions import decode
+from tables.model_folder import ModelFolder
+from tests.integration.test_stream import Run, running
+
+pytestmark = pytest.mark.integration
+
+BANK = """
+name: bank
+streams:
+  payments:
+    id: ID
+    time: AT
+    fields: {ID: int, AT: timestamp, ACCOUNT: int, PAYEE: int, AMOUNT: {type: decimal, scale: 2}}
+  logins:
+    id: LOGIN
+    time: WHEN
+    scored: true
+    fields: {LOGIN: string, WHEN: timestamp, ACCOUNT: int, DEVICE: string}
+labels: {field: FRAUD, known: KNOWN}
+entities:
+  account:
+    key: ACCOUNT
+    features:
+      LOGINS: {from: logins, aggregate: count, window: 6h}
+      DEVICES: {from: logins, aggregate: distinct, of: DEVICE, window: 2d}
+      SPENT: {from: payments, aggregate: sum, of: AMOUNT, window: 1d}
+      SINCE: {aggregate: since_last, window: 1d}
+      RISK: {aggregate: share, of: FRAUD, window: 2d, delay: 1h}
+  pair:
+    key: [ACCOUNT, PAYEE]
+    features:
+      TIMES: {aggregate: count, window: lifetime}
+vector: [AMOUNT, stream, LOGINS, DEVICES, SPENT, SINCE, RISK, TIMES]
+model: {decisions: {ask: 0.1}, trees: 10, test_days: 2}
+"""
+PAYMENTS, LOGINS = 6000, 4000
+
+
+def write_bank(folder: Path) -> None:
+    """Ids of the two streams that are the same, as numbers and as texts."""
+    rng, day = np.random.default_rng(5), 86_400_000
+    begin = 1_700_000_000_000
+    at, when = (np.sort(begin + rng.integers(0, 10 * day, n)) for n in (PAYMENTS, LOGINS))
+    utc = pa.timestamp("ms", tz="UTC")
+    amounts = rng.integers(1, 50_000, PAYMENTS)
+    folder.mkdir()
+    payments = {
+        "ID": np.arange(PAYMENTS), "AT": pa.array(at, utc), "ACCOUNT": rng.integers(0, 60, PAYMENTS),
+        "PAYEE": rng.integers(0, 5, PAYMENTS), "AMOUNT": amounts / 100,
+        "FRAUD": (amounts > 45_000).astype(np.int8), "KNOWN": pa.array(at + day // 48, utc),
+    }  # fmt: skip
+    logins = {
+        "LOGIN": [str(i) for i in range(LOGINS)], "WHEN": pa.array(when, utc),
+        "ACCOUNT": rng.integers(0, 60, LOGINS), "DEVICE": [f"d{i}" for i in rng.integers(0, 9, LOGINS)],
+    }  # fmt: skip
+    pq.write_table(pa.table(payments), folder / "payments.parquet")
+    pq.write_table(pa.table(logins), folder / "logins.parquet")
+
+
+@pytest.mark.timeout(180)
+async def test_two_streams_are_scored_through_a_kill(
+    world: Settings, addresses: Addresses, tmp_path: Path
+) -> None:
+    (tmp_path / "bank.yaml").write_text(BANK)
+    data = tmp_path / "data"
+    write_bank(data)
+    pipeline = load(tmp_path / "bank.yaml", "bank-two")
+    history.compute(data, tmp_path / "features.parquet", pipeline)
+    lifecycle.train(_life(world, pipeline), tmp_path / "features.parquet", lambda step: None)
+    tape = replay.tape(data, pipeline)
+    assert tape.scored(pipeline) == tape.events == PAYMENTS + LOGINS
+    await session.fresh(world, pipeline, addresses)
+    worker = session.Process(world.model_copy(update={"pipelines": tmp_path}), pipeline, "worker")
+    try:
+        worker.start()
+        await worker.ready()
+        run = Run(world, pipeline, addresses, worker)
+        publishing = asyncio.create_task(run.publish(tape, 2500))
+        await run.predicted(2000)
+        assert worker.stop(signal.SIGKILL) == -signal.SIGKILL
+        worker.start()
+        await worker.ready()
+        await publishing
+        async with asyncio.timeout(60):
+            while (verdict := (await verify.check(pipeline, addresses.kafka))[0]).predictions < tape.events:
+                worker.check()
+                await asyncio.sleep(0.2)
+    finally:
+        worker.stop()
+    assert (verdict.events, verdict.predictions, verdict.rejected) == (tape.events, tape.events, 0)
+    assert (verdict.lost, verdict.doubled, verdict.differing) == (0, 0, 0)
+    predictions = [decode(r.value) async for r in kafka.read_between(addresses.kafka, pipeline.predictions)]
+    assert Counter(p.stream for p in predictions) == {"payments": PAYMENTS, "logins": LOGINS}
+    assert {p.id for p in predictions if p.stream == "payments"} == set(range(PAYMENTS))
+    assert {p.id for p in predictions if p.stream == "logins"} == {str(i) for i in range(LOGINS)}
+
+
+@pytest.mark.timeout(180)
+async def test_what_never_reached_the_first_log_counts_as_lost(
+    world: Settings, addresses: Addresses, tmp_path: Path
+) -> None:
+    (tmp_path / "bank.yaml").write_text(BANK)
+    pipeline = load(tmp_path / "bank.yaml", "bank-lost")
+    await session.fresh(world, pipeline, addresses)
+    producer = kafka.producer(addresses.kafka)
+    await producer.start()
+    login = {"LOGIN": "a", "WHEN": 1_700_000_000_000, "ACCOUNT": 1, "DEVICE": "d"}
+    await producer.send_and_wait(pipeline.streams[1].topic, json.dumps(login).encode())
+    await producer.stop()
+    verdict, _ = await verify.check(pipeline, addresses.kafka)
+    assert (verdict.events, verdict.lost) == (0, 1)
+
+
+@pytest.mark.timeout(240)
+async def test_flights_arrivals_and_weather_by_two_workers(
+    world: Settings, addresses: Addresses, tmp_path: Path
+) -> None:
+    """The shipped pipeline on its real data; the worker that was first is killed, and the other takes over."""
+    pipeline = find("flight-network", world.pipelines)
+    write_network(tmp_path / "network")
+    features = tmp_path / "features.parquet"
+    history.compute(tmp_path / "network", features, pipeline)
+    lifecycle.train(_life(world, pipeline), features, lambda step: None)
+    async with running(world, addresses, "flight-network", "network-two") as run:
+        tape = replay.tape(tmp_path / "network", run.pipeline, "2013-02-01", "2013-02-10")
+        second = session.Process(world, run.pipeline, "worker", 2)
+        publishing = asyncio.create_task(run.publish(tape, 1500))
+        await run.predicted(1000)
+        try:
+            second.start()
+            await second.ready()
+            assert run.worker.stop(signal.SIGKILL) == -signal.SIGKILL
+            await publishing
+            scored = tape.scored(run.pipeline)
+            async with asyncio.timeout(90):
+                while (
+                    verdict := (await verify.check(run.pipeline, addresses.kafka))[0]
+                ).predictions < scored:
+                    second.check()
+                    await asyncio.sleep(0.5)
+        finally:
+            second.stop()
+    assert (verdict.events, verdict.predictions) == (scored, scored)
+    assert 0 < scored < tape.events
+    assert (verdict.lost, verdict.doubled, verdict.differing, verdict.rejected) == (0, 0, 0, 0)
+
+
+def _life(world: Settings, pipeline: Pipeline) -> ModelLife:
+    return ModelLife(pipeline, ModelFolder(world.models_root))
