@@ -320,7 +320,7 @@ def _changes(versions: list[str]) -> list[str]:
 
 
 @pytest.mark.timeout(240)
-async def test_without_a_model_a_worker_folds_and_waits(
+async def test_a_worker_that_has_no_model_folds_and_waits(
     trained: Settings, addresses: Addresses, mlflow: str, cards: Path, tmp_path: Path
 ) -> None:
     name = "card-fraud"

@@ -1,5 +1,6 @@
 """What a server at HEADRACE_MLFLOW may answer, and the one sentence for each."""
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,12 +120,13 @@ def test_artifacts_elsewhere_are_told() -> None:
 
 def test_a_file_that_breaks_off_is_refused(tmp_path: Path) -> None:
     """The digest tells, whatever HTTP says."""
-    row = (
-        b'{"model_versions": [{"version": "1", "source": "%s", "creation_timestamp": 1, "tags": '
-        b'[{"key": "headrace.version", "value": "v1"}, {"key": "headrace.digest", "value": "00"}]}]}'
-        % RUN.encode()
-    )
-    with serving(**{"model-versions__search": (200, row)}) as server:
+    rows = [
+        {"version": str(number), "source": RUN, "creation_timestamp": 1,
+         "tags": [{"key": "headrace.version", "value": version}, {"key": "headrace.digest", "value": "00"}]}
+        for number, version in enumerate(("v1", "../v1"))
+    ]  # fmt: skip
+    found = json.dumps({"model_versions": rows}).encode()
+    with serving(**{"model-versions__search": (200, found)}) as server:
         place = "/api/2.0/mlflow-artifacts/artifacts/1/abc/artifacts/"
         for file in ("model.onnx", "model.json", "features.txt"):
             server.answers[place + file] = (299, b"half of")
