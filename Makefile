@@ -47,7 +47,7 @@ bench: setup ## Measure this machine (ARGS=latency for the other benchmark)
 chaos: setup ## Five minutes of faults under load, every prediction compared (ARGS are its options)
 	@$(BIN)/headrace chaos $(ARGS)
 
-up: setup ## Start Kafka, Valkey and PostgreSQL on this machine, unless the settings name others
+up: setup ## Start Kafka, Valkey, PostgreSQL and MLflow on this machine, unless the settings name others
 	@$(BIN)/headrace up $(ARGS)
 
 down: setup ## Stop what `make up` started

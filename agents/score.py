@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from models.predictions import PredictionEncoder
 from models.scoring import Model
 from models.vectors import Vectors
 from models.windows import DUPLICATE, EVENT, LATE, TOO_LATE
+from tables.model_folder import CHAMPION
 from tables.profiles import Applied, Polled, Profiles
 
 Reject = Callable[[str, Applied], None]
@@ -22,11 +23,17 @@ class Score:
     """`emitted` holds, by partition, the log offset up to which predictions were sent before."""
 
     def __init__(
-        self, pipeline: Pipeline, profiles: Profiles, model: Model, outbox: Outbox, reject: Reject
+        self,
+        pipeline: Pipeline,
+        profiles: Profiles,
+        models: Mapping[str, Model],
+        outbox: Outbox,
+        reject: Reject,
     ) -> None:
+        """models: by alias; they may be exchanged between two micro-batches."""
         self._log = pipeline.entities[-1].log
         self._topic = pipeline.predictions
-        self._profiles, self._model, self._outbox, self._reject = profiles, model, outbox, reject
+        self._profiles, self._models, self._outbox, self._reject = profiles, models, outbox, reject
         self._vectors = Vectors(pipeline)
         self._encoder = PredictionEncoder(pipeline)
         self._ids = given_ids(pipeline)
@@ -57,7 +64,7 @@ class Score:
         ids = self._ids(events)
         values = self._encoder.encode(
             ids, streams_of(self._pipeline, events), events.times, vectors, (outcomes == LATE) | (outcomes == TOO_LATE),
-            applied.degraded[on], self._model, logs, applied.offsets[on],
+            applied.degraded[on], self._models[CHAMPION], logs, applied.offsets[on],
         )  # fmt: skip
         # 3. predictions go to the partition of the log's number, so one number drops all doubles
         keys = [str(i).encode() for i in ids]

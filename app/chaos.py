@@ -30,8 +30,8 @@ from app.terminal import table
 from models.errors import HeadraceError
 from models.pipeline import Pipeline, find
 from models.predictions import Prediction, identity
-from tables import model_folder
 from tables.mirror import Mirror, connect
+from tables.model_folder import ModelFolder
 
 STALLED_S = 60.0  # without a prediction: what is missing then does not come
 SETTLED_S = 10.0  # without a record folded or a profile mirrored: what is not mirrored then does not come
@@ -288,7 +288,7 @@ class Run:
         findings = audit.Findings()
         expected = await verify.fold_logs(pipeline, address)
         served = await audit.read_served(pipeline, address)
-        model = model_folder.load(self._settings.models_root, pipeline)
+        model = ModelFolder(self._settings.models_root).load(pipeline)
         audit.judge(pipeline, expected, served, self._load.valid, model.score_many, findings)
         summary.dead_letters = await audit.dead_letters_of(pipeline, address, self._load.malformed, findings)
         mirror = Mirror(connect(self._addresses.redis_url), pipeline)

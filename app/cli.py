@@ -18,6 +18,7 @@ import click
 from models.errors import HeadraceError
 
 if TYPE_CHECKING:
+    from app.model_life import ModelLife
     from app.settings import Settings
     from models.pipeline import Pipeline
 
@@ -81,7 +82,7 @@ def _tell(sentence: str) -> None:
 
 @main.command(epilog="Example: headrace up && headrace status")
 def up() -> None:
-    """Start Kafka, Valkey and PostgreSQL here, as far as no setting names others."""
+    """Start Kafka, Valkey, PostgreSQL and MLflow here, as far as no setting names others."""
     from app.local import services
 
     settings = _settings()
@@ -386,21 +387,133 @@ def features_compute(name: str, alias: str | None, source: Path, target: Path, a
     help="What `headrace features compute` wrote.",
 )
 @click.option("--before", metavar="DAY", help="Leave events from this day on for later.")
+@click.option("--promote", is_flag=True, help="Make it the champion, though there is one.")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON line.")
-def train(name: str, alias: str | None, source: Path, before: str | None, as_json: bool) -> None:
-    """Train, evaluate on later days, export to ONNX, and put the model where workers find it."""
+def train(
+    name: str, alias: str | None, source: Path, before: str | None, promote: bool, as_json: bool
+) -> None:
+    """Train, evaluate on later days, export to ONNX, and register the version.
+
+    It becomes the champion with --promote, or where workers have none that they take.
+    """
     from app import lifecycle
     from app.terminal import table
 
-    settings = _settings()
+    life = _life(_settings(), name, alias)
     report = lifecycle.train(
-        _find(settings, name, alias), source, settings.models_root,
-        lambda step: click.echo(f"  {step}", err=True), before,
+        life, source, lambda step: click.echo(f"  {step}", err=True), before, promote,
     )  # fmt: skip
     if as_json:
         _print_json(report)
     else:
         table(["figure", "value"], [[k, v] for k, v in report.items()])
+
+
+def _life(settings: Settings, name: str, alias: str | None = None) -> ModelLife:
+    from app import model_life
+    from app.local import services
+
+    return model_life.of(settings, services.addresses(settings), _find(settings, name, alias))
+
+
+_MODEL = click.option(
+    "--pipeline",
+    "-p",
+    "name",
+    required=True,
+    metavar="NAME",
+    help="A file of configs/pipelines, by its name.",
+)
+
+
+@main.group()
+def models() -> None:
+    """Versions of a pipeline's model: in MLflow where there is one, else in the folder of models."""
+
+
+@models.command("list", epilog="Example: headrace models list --pipeline card-fraud")
+@_MODEL
+@click.option("--all", "everything", is_flag=True, help="Archived ones too.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array.")
+def models_list(name: str, everything: bool, as_json: bool) -> None:
+    """The versions, the newest first."""
+    from app.terminal import table, utc
+
+    life = _life(_settings(), name)
+    named = life.aliases()
+    rows: list[dict[str, Any]] = [
+        {
+            "version": v.version,
+            "aliases": [alias for alias, version in named.items() if version == v.version],
+            "registered": utc(v.created), "definition": v.definition, "auc": v.metrics.get("auc"),
+            "ap": v.metrics.get("ap"), "archived": v.archived,
+        }
+        for v in life.registry.versions(name)
+        if everything or not v.archived
+    ]  # fmt: skip
+    if as_json:
+        _print_json(rows)
+    else:
+        columns = ["version", "aliases", "registered", "definition", "auc", "ap", "archived"]
+        table(columns, [[*(row | {"aliases": ", ".join(row["aliases"])}).values()] for row in rows])
+
+
+@models.command("show", epilog="Example: headrace models show champion --pipeline card-fraud")
+@click.argument("version")
+@_MODEL
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def models_show(version: str, name: str, as_json: bool) -> None:
+    """A version, by its name or alias, and whether workers of this definition take it. Exit 1 if not."""
+    from app.terminal import table, utc
+
+    found = _life(_settings(), name).examined(version)
+    if "registered" in found:
+        found["registered"] = utc(found["registered"])
+    if as_json:
+        _print_json(found)
+    else:
+        table(["of the version", "value"], [[k, v] for k, v in _flat(found)])
+    if found["refused"]:
+        sys.exit(1)
+
+
+def _flat(found: dict[str, Any], of: str = "") -> list[tuple[str, Any]]:
+    """A line for each value, with the names on the way to it."""
+    lines: list[tuple[str, Any]] = []
+    for key, value in found.items():
+        if isinstance(value, dict):
+            lines += _flat(value, f"{of}{key}.")
+        else:
+            lines.append((of + key, ", ".join(map(str, value)) if isinstance(value, list) else value))
+    return lines
+
+
+@models.command("promote", epilog="Example: headrace models promote 0d5a4a3e77c1 --pipeline card-fraud")
+@click.argument("version")
+@_MODEL
+@click.option(
+    "--alias", default="champion", show_default=True, metavar="NAME", help="champion, or challenger-NAME."
+)
+def models_promote(version: str, name: str, alias: str) -> None:
+    """Let workers score with a version, if it passes their gate. They change within 5 s."""
+    _life(_settings(), name).promote(version, alias)
+    click.echo(f"{version} is the {alias} of {name}")
+
+
+@models.command("rollback", epilog="Example: headrace models rollback --pipeline card-fraud")
+@_MODEL
+def models_rollback(name: str) -> None:
+    """Make the champion before the champion again; a second time undoes it."""
+    click.echo(f"{_life(_settings(), name).rollback()} is the champion of {name}")
+
+
+@models.command("archive", epilog="Example: headrace models archive 0d5a4a3e77c1 --pipeline card-fraud")
+@click.argument("version")
+@_MODEL
+def models_archive(version: str, name: str) -> None:
+    """Put a version away that has no alias: it is promoted no more. Its files stay."""
+    _life(_settings(), name).archive(version)
+    click.echo(f"{version} of {name} is archived")
 
 
 # --- processes ---------------------------------------------------------------------------------
@@ -422,13 +535,14 @@ def worker(name: str, alias: str | None, port: int | None) -> None:
     pipeline = _find(settings, name, alias)
     addresses = services.addresses(settings)
 
-    from app import kafka
+    from app import kafka, model_life
     from app import worker as workers
-    from tables import model_folder
+    from app.serving import Serving
 
-    model = model_folder.load(settings.models_root, pipeline)
+    life = model_life.of(settings, addresses, pipeline)
+    serving = Serving(life, settings.model_every_s, workers.say)
     counts = asyncio.run(kafka.checked_partitions(addresses.kafka, pipeline))
-    built = workers.Worker(pipeline, model, counts, addresses, settings, port or settings.worker_port)
+    built = workers.Worker(pipeline, serving, counts, addresses, settings, port or settings.worker_port)
     workers.run(built)
 
 

@@ -22,6 +22,7 @@ from app.datasets.cards import write_cards
 from app.datasets.flights import write_flights
 from app.datasets.network import write_network
 from app.local import services
+from app.model_life import ModelLife
 from app.settings import Settings
 from app.terminal import progress, shown
 from models.errors import HeadraceError
@@ -30,7 +31,7 @@ from models.predictions import Prediction
 from models.scoring import ModelError
 from models.training import evaluate
 from models.windows import POSITIVE, UNKNOWN, Floats
-from tables import model_folder
+from tables.model_folder import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -124,17 +125,18 @@ def _data(file: Path, story: Story, console: Console) -> Path:
 
 def _model(pipeline: Pipeline, file: Path, story: Story, settings: Settings, console: Console) -> None:
     """Features and model, unless those of this definition are there."""
+    life = ModelLife(pipeline, ModelFolder(settings.models_root))
     try:
-        model = model_folder.load(settings.models_root, pipeline)
+        model = life.champion()
     except ModelError:
         features = file.with_name(f"{file.stem}.features.parquet")
         rows = history.compute(file, features, pipeline)
         console.print(f"  features  {rows:,} rows in {features}", highlight=False)
         lifecycle.train(
-            pipeline, features, settings.models_root,
+            life, features,
             lambda step: console.print(f"     train  {step}", highlight=False), story.until,
         )  # fmt: skip
-        model = model_folder.load(settings.models_root, pipeline)
+        model = life.champion()
     console.print(f"     model  {model.card.version} of definition {model.card.definition}", highlight=False)
 
 

@@ -19,8 +19,9 @@ import msgspec
 import numpy as np
 from aiokafka.errors import KafkaError
 
-from app import checkpoints, control, diagnosis, kafka, verify
+from app import checkpoints, control, diagnosis, kafka, model_life, verify
 from app.diagnosis import Copy, Event, Hole, Row, Stored, Tail
+from app.errors import RegistryError
 from app.kafka import Place, Span
 from app.local import services
 from app.settings import Settings
@@ -34,7 +35,7 @@ from models.predictions import Prediction, identities
 from models.predictions import decode as decode_prediction
 from models.records import RecordCodec
 from models.windows import EVENT
-from tables import homes, model_folder
+from tables import homes
 from tables.mirror import Mirror, Mirrored, RedisError, connect
 
 STEP_S, TOTAL_S = 8.0, 20.0  # for one thing to be read, and for all of them
@@ -128,9 +129,13 @@ class _Doctor:
 
     def _champion(self) -> str | None:
         try:
-            card = model_folder.load(self._settings.models_root, self._pipeline).card
+            known = services.addresses(self._settings)
+            card = model_life.of(self._settings, known, self._pipeline).champion().card
+        except RegistryError as error:
+            self._rows.append(Row("model", "", "warn", str(error), "workers score with what they have"))
+            return None
         except HeadraceError as error:
-            self._rows.append(Row("model", "", "wrong", str(error), "no worker starts before"))
+            self._rows.append(Row("model", "", "wrong", str(error), "workers keep the one before, if any"))
             return None
         self._rows += diagnosis.ok("model", f"champion {card.version} gives its golden vectors their scores")
         return card.version

@@ -7,6 +7,7 @@ from models.errors import HeadraceError
 __all__ = [
     "HeadraceError",
     "ProgramMissing",
+    "RegistryError",
     "ServiceFailed",
     "ServiceMissing",
     "ServicesBusy",
@@ -45,6 +46,10 @@ class ProgramMissing(HeadraceError):
             f"{label} cannot be started here: {lacks}. "
             f"{remedy}, or set {variable} to the address of a server that runs."
         )
+
+
+class RegistryError(HeadraceError):
+    """The registry of models cannot be asked, or refuses. What is loaded goes on."""
 
 
 class ServiceFailed(HeadraceError):

@@ -7,43 +7,50 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from app import history
+from app.model_life import ModelLife
 from models import training
 from models.pipeline import Pipeline
 from models.scoring import Model, ModelError
-from tables import model_folder
+from tables.model_folder import ModelFolder
 
 
 def ensure(pipeline: Pipeline, file: Path, folder: Path, progress: Callable[[str], None]) -> None:
     """Train on a file of events, unless the folder has a model of this definition."""
+    life = ModelLife(pipeline, ModelFolder(folder))
     try:
-        model_folder.load(folder, pipeline)
+        life.champion()
     except ModelError:
         features = file.with_suffix(".features.parquet")
         history.compute(file, features, pipeline)
-        train(pipeline, features, folder, progress)
+        train(life, features, progress)
 
 
 def train(
-    pipeline: Pipeline,
+    life: ModelLife,
     features: Path,
-    folder: Path,
     progress: Callable[[str], None],
     before: str | None = None,
+    promote: bool = False,
 ) -> dict[str, Any]:
-    """Train on what `headrace features compute` wrote, and make the result the champion. Its report.
+    """Train on what `headrace features compute` wrote, and register the result. Its report.
 
-    before: a day; events from it on are left for what comes after.
+    before: a day; events from it on are left for what comes after. It becomes the champion where
+    `promote` says so, or where there is none that workers take.
     """
-    started = time.perf_counter()
+    started, pipeline = time.perf_counter(), life.pipeline
     data = history.read_training(features, pipeline, history.instant(before) if before else None)
     progress(f"{len(data.labels):,} rows of {features}")
     trained = training.train(pipeline, data.vectors, data.labels, data.times, progress)
     Model(trained.graph, trained.card, pipeline)  # what a worker would refuse is not saved
-    path = model_folder.save(folder, trained.graph, trained.card)
+    tested = (round(trained.report["split"]), int(data.times.max()))
+    path = life.registry.folder.save(trained.graph, msgspec.structs.replace(trained.card, tested=tested))
     return {
         **trained.report,
         "version": trained.card.version,
+        "champion": life.register(trained.card.version, promote),
         "path": str(path),
         "seconds": round(time.perf_counter() - started, 1),
     }

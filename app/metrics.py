@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
+    from app.serving import Serving
     from app.worker import Worker
 
 _Family = tuple[str, str, list[str]]  # name, help, labels
@@ -54,6 +55,11 @@ CHECKPOINT_AGE: _Family = (
 )  # fmt: skip
 CHECKPOINT_FAILURES: _Family = ("headrace_checkpoint_failures", "Checkpoints that could not be taken", [])
 MODEL: _Family = ("headrace_model", "The model that scores", ["pipeline", "version", "definition"])
+REFUSED: _Family = ("headrace_model_refused", "Versions that were refused", ["reason"])
+REFUSED_VERSION: _Family = (
+    "headrace_model_refused_version", "The version that is to score, but is refused", ["version", "reason"],
+)  # fmt: skip
+REGISTRY_UP: _Family = ("headrace_registry_up", "1 while the registry of models answers", [])
 
 
 class WorkerCollector(Collector):
@@ -82,10 +88,8 @@ class WorkerCollector(Collector):
         routed = CounterMetricFamily(*_of(ROUTED))
         for topic, route in worker.routes.items():
             routed.add_metric([topic], route.routed)
-        card = worker.model.card
-        model = GaugeMetricFamily(*_of(MODEL))
-        model.add_metric([card.pipeline, card.version, card.definition], 1)
-        yield from (records, profiles, sizes, loaded, evicted, skews, positions, held, model)
+        yield from (records, profiles, sizes, loaded, evicted, skews, positions, held)
+        yield from _of_models(worker.serving)
         yield CounterMetricFamily(*REBALANCES[:2], value=worker.partitions.rebalances)
         yield CounterMetricFamily(*PREDICTIONS[:2], value=worker.score.predicted)
         yield routed
@@ -103,6 +107,19 @@ class WorkerCollector(Collector):
                 ages.add_metric(labels, max(0.0, time.time() - taken.created_at / 1000))
             yield from (checkpointed, ages)
             yield CounterMetricFamily(*CHECKPOINT_FAILURES[:2], value=worker.checkpoint.failures)
+
+
+def _of_models(serving: Serving) -> Iterator[Metric]:
+    model, refused = GaugeMetricFamily(*_of(MODEL)), CounterMetricFamily(*_of(REFUSED))
+    for card in (m.card for m in serving.models.values()):
+        model.add_metric([card.pipeline, card.version, card.definition], 1)
+    for reason, count in serving.refusals.items():
+        refused.add_metric([reason], count)
+    named = GaugeMetricFamily(*_of(REFUSED_VERSION))
+    if serving.refused is not None:
+        named.add_metric([serving.refused.version, serving.refused.reason], 1)
+    yield from (model, refused, named)
+    yield GaugeMetricFamily(*REGISTRY_UP[:2], value=serving.away is None)
 
 
 def _of(metric: _Family) -> tuple[str, str, None, list[str]]:

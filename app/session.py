@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app import checkpoints, client, kafka
 from app.local import services
-from app.settings import Settings
+from app.settings import OFF, Settings
 from app.settings import environment as as_variables
 from models.errors import HeadraceError
 from models.pipeline import Pipeline
@@ -47,7 +47,11 @@ def with_own_models(settings: Settings, name: str) -> Settings:
     A run packs days into minutes: what two workers take turns at must be more than seconds of it.
     """
     return settings.model_copy(
-        update={"models_root": settings.data_root / name / "models", "alignment_s": RUN_ALIGNMENT_S}
+        update={
+            "models_root": settings.data_root / name / "models",
+            "mlflow": OFF,
+            "alignment_s": RUN_ALIGNMENT_S,
+        }
     )
 
 

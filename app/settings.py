@@ -21,8 +21,9 @@ from app.errors import SettingsError
 
 PREFIX = "HEADRACE_"
 YAML_FILE = "configs/settings.yaml"
+OFF = "off"
 SECRET = frozenset(
-    {"redis_url", "postgres_url"}
+    {"redis_url", "postgres_url", "mlflow", "mlflow_token"}
 )  # they may hold a password: neither in a repr nor in an error
 
 
@@ -57,12 +58,21 @@ def _url(*schemes: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _server(value: str) -> str:
+    if value.lower() == OFF:
+        return OFF
+    if not value.startswith(("http://", "https://")):
+        raise ValueError(f"it should start with http:// or https://, or be {OFF}")
+    return value.rstrip("/")
+
+
 def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
 
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
+Metric = Literal["ap", "auc"]
 Delivery = Literal["fenced", "transactional"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
@@ -95,6 +105,17 @@ class Settings(BaseSettings):
         repr=False,
         description="URL of PostgreSQL, the ledger. Without it, that of `headrace up`.",
     )
+    mlflow: Annotated[str, AfterValidator(_server)] | None = Field(
+        default=None,
+        repr=False,
+        description="URL of an MLflow 3 server, the registry of models, or off for the folder alone. Without it, that "
+        "of `headrace up`, else the folder.",
+    )
+    mlflow_token: str | None = Field(
+        default=None,
+        repr=False,
+        description="Token that MLflow asks for; a user and password go into the URL.",
+    )
     data_root: Path = Field(
         default=Path(".headrace"),
         description="Directory of all local state: stores of the worker, services of `headrace up`.",
@@ -123,6 +144,9 @@ class Settings(BaseSettings):
         default=5432,
         description="Port that `headrace up` prefers for PostgreSQL; when taken, the next free one.",
     )
+    mlflow_port: Port = Field(
+        default=5000, description="Port that `headrace up` prefers for MLflow; when taken, the next free one."
+    )
     api_host: str = Field(default="127.0.0.1", description="Address that the query API listens on.")
     api_port: Port = Field(default=8080, description="Port that the query API listens on.")
     worker_port: Port = Field(
@@ -148,6 +172,18 @@ class Settings(BaseSettings):
     profiles_mib: Count = Field(
         default=1024,
         description="Memory of a worker's profiles, MiB; above it those not in use lately stay on disk only.",
+    )
+    model_every_s: Annotated[float, Field(ge=0.1, le=60)] = Field(
+        default=2.0, description="Seconds between two looks of a worker at which model is the champion."
+    )
+    model_mib: Count = Field(default=256, description="Largest file of a model that is loaded, MiB.")
+    model_row_us: Annotated[float, Field(gt=0)] = Field(
+        default=200.0,
+        description="Microseconds that a model may take for one event of a batch, or it is refused.",
+    )
+    promote_by: Metric | None = Field(
+        default=None,
+        description="Metric, ap or auc, in which a model must beat the champion on the same test days to be promoted.",
     )
     session_s: Annotated[int, Field(ge=6, le=60)] = Field(
         default=6,
@@ -175,7 +211,7 @@ class Settings(BaseSettings):
         """Where checkpoints go; None where they are switched off."""
         if self.checkpoints is None:
             return str(self.data_root / "checkpoints")
-        return None if self.checkpoints.lower() == "off" else self.checkpoints
+        return None if self.checkpoints.lower() == OFF else self.checkpoints
 
     @classmethod
     def settings_customise_sources(

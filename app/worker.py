@@ -37,6 +37,7 @@ from app.control import Control
 from app.local.services import Addresses
 from app.membership import HEARTBEAT_S, NEVER_S, REBALANCE_S, Membership, Watchdog
 from app.producer import Producer
+from app.serving import Serving
 from app.settings import Settings
 from models import dead_letters
 from models.errors import HeadraceError
@@ -44,9 +45,9 @@ from models.events import Clocks, EventDecoder, Reason, clocks
 from models.partitions import partition_of
 from models.pipeline import Pipeline
 from models.records import RecordCodec, writers
-from models.scoring import Model
 from tables import homes
 from tables.mirror import Mirror, RedisError, connect
+from tables.model_folder import CHAMPION
 from tables.profiles import Applied, Profiles, Record
 from tables.store import Store
 
@@ -81,6 +82,12 @@ class Partitions:
     @property
     def taken(self) -> bool:
         return bool(self.held)
+
+    @property
+    def held_back(self) -> str | None:
+        """The log that nobody can score yet: it is not read, for what was folded passes unscored."""
+        worker = self._worker
+        return None if worker.serving.models else worker.pipeline.entities[-1].log
 
     async def take(
         self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer
@@ -129,7 +136,7 @@ class Partitions:
         self.rebalances += 1
         self.committable = {tp: offset for tp, offset in self.committable.items() if tp in assigned}
         held = ", ".join(f"{len(s.partitions)} of {s.entity.log}" for s in worker.stages)
-        say(f"{worker.pipeline.instance}: holds {held}; model {worker.model.card.version}; {worker.url}")
+        say(f"{worker.pipeline.instance}: holds {held}; {worker.serving.shown}; {worker.url}")
         return starts
 
     async def _stores(self, tps: list[TP], first: Mapping[TP, int]) -> dict[TP, int | None]:
@@ -226,11 +233,11 @@ class Worker:
     """The parts of a worker, wired."""
 
     def __init__(
-        self, pipeline: Pipeline, model: Model, counts: dict[str, int], addresses: Addresses, settings: Settings,
-        port: int,
+        self, pipeline: Pipeline, serving: Serving, counts: dict[str, int], addresses: Addresses,
+        settings: Settings, port: int,
     ) -> None:  # fmt: skip
         """counts: partitions by topic, from kafka.checked_partitions."""
-        self.pipeline, self.model = pipeline, model
+        self.pipeline, self.serving = pipeline, serving
         self.settings = settings
         self.membership = Membership(settings.session_s, settings.instance_id)
         self.watchdog = Watchdog(settings.session_s, stop_at_once)
@@ -302,6 +309,8 @@ class Worker:
         )  # fmt: skip
         for stage in self.stages:
             stage.warm()
+        await self.serving.look()
+        self._background(self.serving.run())
         self._background(self.control.listen())
         self._background(self.control.tell_lows())
         self._background(self.control.tell_missing())
@@ -321,7 +330,7 @@ class Worker:
         """Make what lies between the logs and the producer, which is there by now."""
         pipeline = self.pipeline
         self.outbox = Outbox(self.producer, self._now_ms, stop_at_once)
-        self.score = Score(pipeline, self.stages[-1], self.model, self.outbox, self._reject)
+        self.score = Score(pipeline, self.stages[-1], self.serving.models, self.outbox, self._reject)
         found = routes(pipeline, self.outbox, self._reject_record, self._counts)
         self.routes = {route.topic: route for route in found}
         self.flush = Flush(
@@ -411,6 +420,8 @@ class Worker:
     async def _ready(self) -> str | None:
         if not self.partitions.taken:
             return "The worker holds no partitions yet; it waits for Kafka to assign some."
+        if CHAMPION not in self.serving.models:
+            return f"Nothing is scored: {self.serving.why}"
         since = self.outbox.since
         if since is not None and (waited := self._now_ms() - since) > SILENT_MS:
             return f"Kafka has not acknowledged a batch for {waited // 1000} s; the worker waits."

@@ -6,7 +6,7 @@ every machine of a kind, and so that a worker keeps to its core.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -23,15 +23,30 @@ Scores = npt.NDArray[np.float32]
 TOLERANCE = 1e-5
 
 
+# Why a version is refused, for metrics.
+Reason = Literal[
+    "pipeline", "features", "definition", "graph", "golden", "slow", "damaged", "size", "foreign"
+]
+
+
 class ModelError(HeadraceError):
-    """The model is refused: what does not match, and what to do."""
+    """There is no model to be had: why, and what to do."""
+
+
+class Refused(ModelError):
+    """A version is not what it claims to be, or not what the pipeline takes."""
+
+    def __init__(self, reason: Reason, sentence: str) -> None:
+        super().__init__(sentence)
+        self.reason: Reason = reason
 
 
 class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a model says of itself, beside its graph.
 
     thresholds: decision to the score from which it is taken. golden: vectors, NaN written as null,
-    with the scores that the graph gave them when it was exported. metrics: of the evaluation.
+    with the scores that the graph gave them when it was exported. metrics: of the evaluation, on events
+    later than the first and not later than the second of `tested` (event times, ms).
     """
 
     pipeline: str
@@ -43,13 +58,14 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     golden: list[list[float | None]]
     golden_scores: list[float]
     metrics: dict[str, float]
+    tested: tuple[int, int] | None = None
 
 
 class Model:
     """Scores vectors of one pipeline's definition."""
 
     def __init__(self, graph: bytes, card: Card, pipeline: Pipeline) -> None:
-        """Load and check. graph: the ONNX file's bytes. Raises ModelError."""
+        """Load and check. graph: the ONNX file's bytes. Raises Refused."""
         self.card = card
         _matches(card, pipeline)
         options = ort.SessionOptions()
@@ -58,10 +74,10 @@ class Model:
             self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions share no public base
             first = str(error).splitlines()[0]
-            raise ModelError(
-                f"The model {card.version} is no graph that can be loaded ({first}); train it again."
+            raise Refused(
+                "graph", f"The model {card.version} is no graph that can be loaded ({first}); train it again."
             ) from None
-        self._input = self._session.get_inputs()[0].name
+        self._input = self._only_input()
         self._output = self._session.get_outputs()[-1].name
         # Rarest first: the decision is the first whose threshold a score reaches.
         ranked = sorted(card.thresholds.items(), key=lambda item: -item[1])
@@ -69,29 +85,46 @@ class Model:
         self._thresholds = np.array([threshold for _, threshold in ranked])
         self._agree()
 
+    def _only_input(self) -> str:
+        """The name of the graph's input: one, of float32, as wide as the vector."""
+        inputs, width = self._session.get_inputs(), len(self.card.features)
+        found = [(i.type, i.shape[1:]) for i in inputs]
+        if len(inputs) == 1 and found[0][0] == "tensor(float)" and found[0][1] in ([width], [None]):
+            name: str = inputs[0].name
+            return name
+        shown = ", ".join(f"{kind} {[None, *shape]}" for kind, shape in found)
+        raise Refused(
+            "graph",
+            f"The model {self.card.version} takes {shown or 'nothing'}, not one tensor of float32 with {width} "
+            "columns; train it again.",
+        )
+
     def _agree(self) -> None:
         """The graph still gives its golden vectors the scores that it was exported with."""
         card, width = self.card, len(self.card.features)
         if not card.golden or len(card.golden) != len(card.golden_scores):
-            raise ModelError(
-                f"The model {card.version} has no golden vectors with a score each; train it again."
+            raise Refused(
+                "golden", f"The model {card.version} has no golden vectors with a score each; train it again."
             )
         if any(len(row) != width for row in card.golden):
-            raise ModelError(
-                f"The model {card.version} has golden vectors of another width than {width}; train it again."
+            raise Refused(
+                "golden",
+                f"The model {card.version} has golden vectors of another width than {width}; train it again.",
             )
         try:
             scores = self.score_many(np.array(card.golden, np.float64))  # null becomes NaN
         except Exception as error:  # onnxruntime's own, or no output of the shape that is taken
             first = str(error).splitlines()[0]
-            raise ModelError(
-                f"The model {card.version} does not score vectors of {width} features ({first}); train it again."
+            raise Refused(
+                "graph",
+                f"The model {card.version} does not score vectors of {width} features ({first}); train it again.",
             ) from None
         worst = float(np.max(np.abs(scores - np.array(card.golden_scores))))
         if not worst <= TOLERANCE:
-            raise ModelError(
+            raise Refused(
+                "golden",
                 f"The model {card.version} scores its own golden vectors {worst:.3g} away from what it was "
-                f"exported with; train it again."
+                f"exported with; train it again.",
             )
 
     def score_many(self, vectors: Floats) -> Scores:
@@ -110,20 +143,23 @@ class Model:
 
 def _matches(card: Card, pipeline: Pipeline) -> None:
     if card.pipeline != pipeline.name:
-        raise ModelError(
+        raise Refused(
+            "pipeline",
             f"The model {card.version} is of the pipeline {card.pipeline}, not of {pipeline.name}; put each "
-            "model into its own pipeline's folder."
+            "model into its own pipeline's folder.",
         )
     if card.features != list(pipeline.vector):
         odd = [a or b for a, b in _pairs(card.features, pipeline.vector) if a != b]
-        raise ModelError(
+        raise Refused(
+            "features",
             f"The model {card.version} takes other features than the pipeline {pipeline.name} gives "
-            f"(first difference: {odd[0]}); train it again."
+            f"(first difference: {odd[0]}); train it again.",
         )
     if card.definition != pipeline.definition:
-        raise ModelError(
+        raise Refused(
+            "definition",
             f"The model {card.version} was trained on definition {card.definition}, the pipeline "
-            f"{pipeline.name} is at {pipeline.definition}; train it again."
+            f"{pipeline.name} is at {pipeline.definition}; train it again.",
         )
 
 

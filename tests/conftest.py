@@ -10,8 +10,10 @@ from app import history, lifecycle
 from app.datasets.cards import write_cards
 from app.datasets.flights import write_flights
 from app.local import services
+from app.model_life import ModelLife
 from app.settings import Settings
 from models.pipeline import Pipeline, find
+from tables.model_folder import ModelFolder
 
 REPOSITORY = Path(__file__).parents[1]
 PIPELINES = REPOSITORY / "configs" / "pipelines"
@@ -32,6 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
         "HEADRACE_ALIGNMENT_S": "21600",  # tests replay days in seconds
         "HEADRACE_KAFKA_PORT": "29092",
         "HEADRACE_REDIS_PORT": "26379",
+        "HEADRACE_MLFLOW_PORT": "25000",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ:
@@ -75,5 +78,6 @@ def trained(world: Settings, flights: Path, cards: Path) -> Settings:
         pipeline: Pipeline = find(name, world.pipelines)
         features = world.data_root / f"{name}.features.parquet"
         history.compute(file, features, pipeline)
-        lifecycle.train(pipeline, features, world.models_root, lambda step: None)
+        life = ModelLife(pipeline, ModelFolder(world.models_root))
+        lifecycle.train(life, features, lambda step: None)
     return world

@@ -12,10 +12,10 @@ from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
 from app.errors import HeadraceError, ServiceMissing, ServicesBusy, UnknownService
-from app.local import kafka, postgres, valkey
+from app.local import kafka, mlflow, postgres, valkey
 from app.local.ports import reserve
 from app.local.process import Launch, Running, Server
-from app.settings import Settings, variable
+from app.settings import OFF, Settings, variable
 
 LOCK_WITHIN = 660.0  # seconds; longer than the slowest `up`, which fetches 54 MB
 STOP_WITHIN = 20.0  # seconds to end in good order
@@ -25,7 +25,7 @@ Progress = Callable[[str, str], None]
 
 
 class Kind(Protocol):
-    """What the modules `kafka`, `valkey` and `postgres` have in common."""
+    """What the modules `kafka`, `valkey`, `postgres` and `mlflow` have in common."""
 
     def launch(
         self,
@@ -66,6 +66,7 @@ SERVICES = (
     Service("kafka", "Kafka", "kafka", 90.0, kafka),
     Service("redis", "Redis", "redis_url", 30.0, valkey),
     Service("postgres", "PostgreSQL", "postgres_url", 60.0, postgres),
+    Service("mlflow", "MLflow", "mlflow", 90.0, mlflow),
 )
 
 
@@ -86,6 +87,12 @@ class Addresses:
     @property
     def postgres_url(self) -> str:
         return self._need("postgres")
+
+    @property
+    def mlflow(self) -> str | None:
+        """None where the folder of models is all the registry."""
+        address = self.known.get("mlflow")
+        return None if address == OFF else address
 
     def get(self, name: str) -> str | None:
         """The address of a service that one can do without, or None."""

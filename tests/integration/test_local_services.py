@@ -1,4 +1,4 @@
-"""The embedded services for real: three servers in a temporary data root, asked by their real clients."""
+"""The embedded services for real: all servers in a temporary data root, asked by their real clients."""
 
 import asyncio
 import os
@@ -24,6 +24,7 @@ from aiokafka.client import AIOKafkaClient
 from app.errors import ProgramMissing, ServiceFailed, ServiceMissing
 from app.local import postgres, process, services, valkey
 from app.local.services import Addresses
+from app.mlflow_rest import Rest
 from app.settings import Settings
 
 pytestmark = pytest.mark.integration
@@ -34,7 +35,7 @@ Events = list[tuple[str, str]]
 
 def own_settings(data_root: Path, **values: object) -> Settings:
     """Settings of this test alone, with ports apart from those that a developer may use."""
-    ports = {"kafka_port": 19092, "redis_port": 16379, "postgres_port": 15432}
+    ports = {"kafka_port": 19092, "redis_port": 16379, "postgres_port": 15432, "mlflow_port": 15000}
     return Settings(_env_file=None, data_root=data_root, **ports | values)
 
 
@@ -54,15 +55,15 @@ def data_root(tmp_path: Path) -> Iterator[Path]:
     services.down(own_settings(tmp_path / "root"), remove_data=True)
 
 
-class Three:
-    """All three services, started once for this file while other servers held the ports that they prefer."""
+class Servers:
+    """All services, started once for this file while other servers held the ports that they prefer."""
 
     def __init__(self, data_root: Path) -> None:
         self.events: Events = []
         with ExitStack() as held:
-            self.taken = [held.enter_context(listener()) for _ in range(3)]
-            kafka, redis_, postgres = (one.getsockname()[1] for one in self.taken)
-            self.preferred = {"kafka": kafka, "redis": redis_, "postgres": postgres}
+            self.taken = [held.enter_context(listener()) for _ in range(4)]
+            kafka, redis_, postgres, mlflow = (one.getsockname()[1] for one in self.taken)
+            self.preferred = {"kafka": kafka, "redis": redis_, "postgres": postgres, "mlflow": mlflow}
             ports = {f"{name}_port": port for name, port in self.preferred.items()}
             self.settings = own_settings(data_root, **ports)
             self.addresses = services.up(self.settings, progress=lambda *event: self.events.append(event))
@@ -76,16 +77,16 @@ def listener() -> socket.socket:
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory, nothing_set: None) -> Iterator[Three]:
+def servers(tmp_path_factory: pytest.TempPathFactory, nothing_set: None) -> Iterator[Servers]:
     data_root = tmp_path_factory.mktemp("services") / "root"
     try:
-        yield Three(data_root)
+        yield Servers(data_root)
     finally:
         services.down(own_settings(data_root), remove_data=True)
 
 
-async def test_kafka_takes_and_gives_records(three: Three) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=three.addresses.kafka)
+async def test_kafka_takes_and_gives_records(servers: Servers) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers.addresses.kafka)
     await admin.start()
     try:
         await admin.create_topics([NewTopic("grain", num_partitions=2, replication_factor=1)])
@@ -95,7 +96,7 @@ async def test_kafka_takes_and_gives_records(three: Three) -> None:
     configuration = {entry[0]: entry[1] for entry in described.resources[0][4]}
     assert configuration["retention.ms"] == "-1", "a record of 2018 must not vanish"
 
-    producer = AIOKafkaProducer(bootstrap_servers=three.addresses.kafka, transactional_id="miller")
+    producer = AIOKafkaProducer(bootstrap_servers=servers.addresses.kafka, transactional_id="miller")
     await producer.start()
     try:
         async with producer.transaction():
@@ -108,7 +109,7 @@ async def test_kafka_takes_and_gives_records(three: Three) -> None:
 
     consumer = AIOKafkaConsumer(
         "grain",
-        bootstrap_servers=three.addresses.kafka,
+        bootstrap_servers=servers.addresses.kafka,
         group_id="mill",
         auto_offset_reset="earliest",
         isolation_level="read_committed",
@@ -124,13 +125,13 @@ async def test_kafka_takes_and_gives_records(three: Three) -> None:
     assert sorted(int(record.value) for record in records) == list(range(10))
 
 
-async def test_kafka_makes_no_topic_that_nobody_asked_for(three: Three) -> None:
-    client = AIOKafkaClient(bootstrap_servers=three.addresses.kafka)
+async def test_kafka_makes_no_topic_that_nobody_asked_for(servers: Servers) -> None:
+    client = AIOKafkaClient(bootstrap_servers=servers.addresses.kafka)
     await client.bootstrap()
     async with asyncio.timeout(BOUND):
         await client.set_topics(["misspelt"])  # as any consumer asks for what it subscribes to
     await client.close()
-    admin = AIOKafkaAdminClient(bootstrap_servers=three.addresses.kafka)
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers.addresses.kafka)
     await admin.start()
     try:
         assert "misspelt" not in await admin.list_topics()
@@ -138,14 +139,14 @@ async def test_kafka_makes_no_topic_that_nobody_asked_for(three: Three) -> None:
         await admin.close()
 
 
-async def test_valkey_stores(three: Three) -> None:
-    async with redis.asyncio.from_url(three.addresses.redis_url) as client:
+async def test_valkey_stores(servers: Servers) -> None:
+    async with redis.asyncio.from_url(servers.addresses.redis_url) as client:
         await client.set("entity", "7")
         assert await client.get("entity") == b"7"
 
 
-async def test_postgres_stores_and_asks_for_its_password(three: Three) -> None:
-    connection = await asyncpg.connect(three.addresses.postgres_url, timeout=BOUND)
+async def test_postgres_stores_and_asks_for_its_password(servers: Servers) -> None:
+    connection = await asyncpg.connect(servers.addresses.postgres_url, timeout=BOUND)
     try:
         await connection.execute("CREATE TABLE outcome (id int PRIMARY KEY); INSERT INTO outcome VALUES (7)")
         assert await connection.fetchval("SELECT id FROM outcome") == 7
@@ -153,38 +154,38 @@ async def test_postgres_stores_and_asks_for_its_password(three: Three) -> None:
         assert await connection.fetchval("SHOW server_encoding") == "UTF8"
     finally:
         await connection.close()
-    port = three.addresses.postgres_url.rpartition(":")[2]
+    port = servers.addresses.postgres_url.rpartition(":")[2]
     with pytest.raises(asyncpg.InvalidPasswordError):
         await asyncpg.connect(f"postgresql://headrace:wrong@127.0.0.1:{port}", timeout=BOUND)
 
 
-def test_a_port_that_is_taken_is_left_alone(three: Three) -> None:
-    used = {service.name: port_of(service.address) for service in services.status(three.settings)}
-    for name, preferred in three.preferred.items():
+def test_a_port_that_is_taken_is_left_alone(servers: Servers) -> None:
+    used = {service.name: port_of(service.address) for service in services.status(servers.settings)}
+    for name, preferred in servers.preferred.items():
         assert used[name] != preferred
-        assert (name, f"port {preferred} is taken, uses {used[name]}") in three.events
+        assert (name, f"port {preferred} is taken, uses {used[name]}") in servers.events
 
 
-def test_what_is_told_meanwhile(three: Three) -> None:
-    for name in three.preferred:
-        told = [event for service, event in three.events if service == name]
+def test_what_is_told_meanwhile(servers: Servers) -> None:
+    for name in servers.preferred:
+        told = [event for service, event in servers.events if service == name]
         assert told[0] == "starting"
         assert told[-1].startswith("ready in ")
-    assert ("kafka", "fetching jars") in three.events
+    assert ("kafka", "fetching jars") in servers.events
 
 
-def test_up_again_changes_nothing(three: Three) -> None:
-    before = [(service.pid, service.since) for service in services.status(three.settings)]
+def test_up_again_changes_nothing(servers: Servers) -> None:
+    before = [(service.pid, service.since) for service in services.status(servers.settings)]
     events: Events = []
     began = time.monotonic()
-    assert services.up(three.settings, progress=lambda *event: events.append(event)) == three.addresses
+    assert services.up(servers.settings, progress=lambda *event: events.append(event)) == servers.addresses
     assert time.monotonic() - began < 2
-    assert [(service.pid, service.since) for service in services.status(three.settings)] == before
-    assert sorted(events) == [(name, "runs already") for name in ("kafka", "postgres", "redis")]
+    assert [(service.pid, service.since) for service in services.status(servers.settings)] == before
+    assert sorted(events) == [(name, "runs already") for name in ("kafka", "mlflow", "postgres", "redis")]
 
 
-def test_status_says_what_runs_where_without_the_password(three: Three) -> None:
-    for service in services.status(three.settings):
+def test_status_says_what_runs_where_without_the_password(servers: Servers) -> None:
+    for service in services.status(servers.settings):
         assert service.state == "running"
         assert service.pid in process._processes()
         assert service.since is not None
@@ -194,20 +195,20 @@ def test_status_says_what_runs_where_without_the_password(three: Three) -> None:
         assert service.log is not None
         assert service.log.exists()
     assert (
-        services.status(three.settings)[2].address
-        == f"postgresql://headrace:***@127.0.0.1:{postgres_port(three)}/headrace"
+        services.status(servers.settings)[2].address
+        == f"postgresql://headrace:***@127.0.0.1:{postgres_port(servers)}/headrace"
     )
 
 
-def test_the_servers_are_in_sessions_of_their_own(three: Three) -> None:
-    for service in services.status(three.settings):
+def test_the_servers_are_in_sessions_of_their_own(servers: Servers) -> None:
+    for service in services.status(servers.settings):
         assert service.pid is not None
         assert os.getsid(service.pid) == service.pid != os.getsid(0)
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of sockets")
-def test_nothing_listens_beyond_loopback(three: Three) -> None:
-    for service in services.status(three.settings):
+def test_nothing_listens_beyond_loopback(servers: Servers) -> None:
+    for service in services.status(servers.settings):
         assert service.pid is not None
         addresses = listening(service.pid)
         assert len(addresses) == (2 if service.name == "kafka" else 1)
@@ -215,26 +216,26 @@ def test_nothing_listens_beyond_loopback(three: Three) -> None:
             assert address.rpartition(":")[0] in ("0100007F", "0000000000000000FFFF00000100007F")
 
 
-def test_settings_win_over_what_runs(three: Three) -> None:
-    given = three.settings.model_copy(update={"kafka": "elsewhere:9092"})
+def test_settings_win_over_what_runs(servers: Servers) -> None:
+    given = servers.settings.model_copy(update={"kafka": "elsewhere:9092"})
     assert services.addresses(given).kafka == "elsewhere:9092"
-    assert services.addresses(given).redis_url == three.addresses.redis_url
+    assert services.addresses(given).redis_url == servers.addresses.redis_url
 
 
-def test_one_that_hangs_is_shown_as_silent(three: Three) -> None:
-    pid = services.status(three.settings)[1].pid
+def test_one_that_hangs_is_shown_as_silent(servers: Servers) -> None:
+    pid = services.status(servers.settings)[1].pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     try:
-        assert services.status(three.settings)[1].state == "silent"
+        assert services.status(servers.settings)[1].state == "silent"
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert eventually(lambda: services.status(three.settings)[1].state == "running")
+    assert eventually(lambda: services.status(servers.settings)[1].state == "running")
 
 
-async def test_what_was_stored_is_there_after_down_and_up(three: Three, data_root: Path) -> None:
+async def test_what_was_stored_is_there_after_down_and_up(servers: Servers, data_root: Path) -> None:
     settings = own_settings(data_root)
-    link_jars(three, data_root)
+    link_jars(servers, data_root)
     first = services.up(settings)
     members = [
         member for service in services.status(settings) for member in process._family(service.pid or 0)
@@ -244,7 +245,7 @@ async def test_what_was_stored_is_there_after_down_and_up(three: Three, data_roo
 
     services.down(settings)
     assert process._processes().keys() & set(members) == set()
-    assert [service.state for service in services.status(settings)] == ["stopped"] * 3
+    assert [service.state for service in services.status(settings)] == ["stopped"] * 4
     with pytest.raises(ServiceMissing, match="run `headrace up`"):
         _ = services.addresses(settings).kafka
 
@@ -266,8 +267,8 @@ async def test_a_server_that_was_killed_is_started_again_with_its_data(data_root
 
     again = services.up(settings, only)
     after = [service.pid for service in services.status(settings)]
-    assert before[0] is after[0] is None
-    assert set(before[1:]).isdisjoint(after[1:])
+    assert before[0] is after[0] is before[3] is after[3] is None
+    assert set(before[1:3]).isdisjoint(after[1:3])
     connection = await asyncpg.connect(again.postgres_url, timeout=BOUND)
     assert await connection.fetchval("SELECT count(*) FROM outcome") == 0
     await connection.close()
@@ -332,7 +333,7 @@ def test_a_server_that_does_not_get_ready_is_stopped(
 async def test_data_is_removed_on_demand(data_root: Path) -> None:
     settings = own_settings(data_root)
     services.up(settings, ["postgres"])
-    [_, _, postgres] = services.status(settings)
+    postgres = services.status(settings)[2]
     assert postgres.data is not None
     services.down(settings, remove_data=True)
     assert not postgres.data.exists(), "also where root's data is outside of the data root"
@@ -417,6 +418,10 @@ async def store(addresses: Addresses) -> None:
     connection = await asyncpg.connect(addresses.postgres_url, timeout=BOUND)
     await connection.execute("CREATE TABLE grain AS SELECT 'wheat' AS name")
     await connection.close()
+    mlflow = Rest(addresses.mlflow or "", None)
+    experiment = mlflow.post("experiments/create", name="grain")["experiment_id"]
+    run = mlflow.post("runs/create", "run", experiment_id=experiment)["info"]
+    mlflow.upload(run["artifact_uri"], "grain", b"wheat")
 
 
 async def check(addresses: Addresses) -> None:
@@ -430,13 +435,17 @@ async def check(addresses: Addresses) -> None:
     connection = await asyncpg.connect(addresses.postgres_url, timeout=BOUND)
     assert await connection.fetchval("SELECT name FROM grain") == "wheat"
     await connection.close()
+    mlflow = Rest(addresses.mlflow or "", None)
+    experiment = mlflow.get("experiments/get-by-name", "experiment", experiment_name="grain")["experiment_id"]
+    [run] = mlflow.post("runs/search", "runs", experiment_ids=[experiment])  # type: ignore[misc]
+    assert mlflow.download(run["info"]["artifact_uri"], "grain", 100) == b"wheat"  # type: ignore[index]
 
 
-def link_jars(three: Three, data_root: Path) -> None:
+def link_jars(servers: Servers, data_root: Path) -> None:
     """The jars that were fetched for this file once, so that not every test fetches them."""
     home = data_root / "kafka"
     home.mkdir(parents=True)
-    [jars] = (three.settings.data_root / "kafka").glob("jars-*")
+    [jars] = (servers.settings.data_root / "kafka").glob("jars-*")
     (home / jars.name).symlink_to(jars)
 
 
@@ -445,8 +454,8 @@ def port_of(address: str | None) -> int:
     return int(address.rpartition(":")[2].partition("/")[0])
 
 
-def postgres_port(three: Three) -> int:
-    return port_of(three.addresses.postgres_url)
+def postgres_port(servers: Servers) -> int:
+    return port_of(servers.addresses.postgres_url)
 
 
 def listening(pid: int) -> set[str]:

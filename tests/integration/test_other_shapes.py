@@ -10,9 +10,11 @@ import pytest
 
 from app import history, kafka, lifecycle, replay, session, verify
 from app.local.services import Addresses
+from app.model_life import ModelLife
 from app.settings import Settings
 from models.pipeline import load
 from models.predictions import decode
+from tables.model_folder import ModelFolder
 from tests.integration.test_stream import Run
 
 pytestmark = pytest.mark.integration
@@ -74,7 +76,8 @@ async def test_one_entity_text_ids_iso_times_floats_and_nulls(
     write(tmp_path / "logins.parquet")
     pipeline = load(tmp_path / "logins.yaml", "logins-shape")
     history.compute(tmp_path / "logins.parquet", tmp_path / "features.parquet", pipeline)
-    lifecycle.train(pipeline, tmp_path / "features.parquet", world.models_root, lambda step: None)
+    life = ModelLife(pipeline, ModelFolder(world.models_root))
+    lifecycle.train(life, tmp_path / "features.parquet", lambda step: None)
     tape = replay.tape(tmp_path / "logins.parquet", pipeline)
     await session.fresh(world, pipeline, addresses)
     worker = session.Process(world.model_copy(update={"pipelines": tmp_path}), pipeline, "worker")

@@ -18,9 +18,11 @@ import pytest
 from app import history, kafka, lifecycle, replay, session, verify
 from app.datasets.network import write_network
 from app.local.services import Addresses
+from app.model_life import ModelLife
 from app.settings import Settings
-from models.pipeline import find, load
+from models.pipeline import Pipeline, find, load
 from models.predictions import decode
+from tables.model_folder import ModelFolder
 from tests.integration.test_stream import Run, running
 
 pytestmark = pytest.mark.integration
@@ -87,7 +89,7 @@ def bank(world: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_bank(folder / "data")
     pipeline = load(folder / "bank.yaml")
     history.compute(folder / "data", folder / "features.parquet", pipeline)
-    lifecycle.train(pipeline, folder / "features.parquet", world.models_root, lambda step: None)
+    lifecycle.train(_life(world, pipeline), folder / "features.parquet", lambda step: None)
     return folder
 
 
@@ -192,7 +194,7 @@ async def test_flights_arrivals_and_weather_by_two_workers(
     write_network(tmp_path / "network")
     features = tmp_path / "features.parquet"
     history.compute(tmp_path / "network", features, pipeline)
-    lifecycle.train(pipeline, features, world.models_root, lambda step: None)
+    lifecycle.train(_life(world, pipeline), features, lambda step: None)
     async with running(world, addresses, "flight-network", "network-two") as run:
         tape = replay.tape(tmp_path / "network", run.pipeline, "2013-02-01", "2013-02-10")
         second = session.Process(world, run.pipeline, "worker", 2)
@@ -215,3 +217,7 @@ async def test_flights_arrivals_and_weather_by_two_workers(
     assert (verdict.events, verdict.predictions) == (scored, scored)
     assert 0 < scored < tape.events
     assert (verdict.lost, verdict.doubled, verdict.differing, verdict.rejected) == (0, 0, 0, 0)
+
+
+def _life(world: Settings, pipeline: Pipeline) -> ModelLife:
+    return ModelLife(pipeline, ModelFolder(world.models_root))

@@ -107,7 +107,14 @@ def worker_metrics() -> dict[str, set[str]]:
     worker: Any = SimpleNamespace(
         stages=[counted],
         partitions=SimpleNamespace(committable={TP("log", 0): 1}, held={TP("log", 0)}, rebalances=1),
-        model=SimpleNamespace(card=SimpleNamespace(pipeline="", version="", definition="")),
+        serving=SimpleNamespace(
+            models={
+                "champion": SimpleNamespace(card=SimpleNamespace(pipeline="", version="", definition=""))
+            },
+            refusals={"golden": 1},
+            refused=SimpleNamespace(version="", reason="golden"),
+            away=None,
+        ),
         score=SimpleNamespace(predicted=0),
         routes={"labels": SimpleNamespace(routed=0)},
         dead_letters=0,

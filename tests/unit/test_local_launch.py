@@ -19,7 +19,7 @@ from app.errors import (
     ServicesBusy,
     UnknownService,
 )
-from app.local import kafka, postgres, services, valkey
+from app.local import kafka, mlflow, postgres, services, valkey
 from app.local.process import Launch
 from app.settings import Settings
 
@@ -307,32 +307,43 @@ def test_nothing_anywhere(settings: Settings) -> None:
         _ = nowhere.kafka
     with pytest.raises(ServiceMissing, match=r"^No Redis: run `headrace up`, or set HEADRACE_REDIS_URL\.$"):
         _ = nowhere.redis_url
+    assert nowhere.mlflow is None
+    assert services.addresses(settings.model_copy(update={"mlflow": "off"})).mlflow is None
     with pytest.raises(ServiceMissing, match=r"^No PostgreSQL: run .*, or set HEADRACE_POSTGRES_URL\.$"):
         _ = nowhere.postgres_url
-    assert [service.state for service in services.status(settings)] == ["stopped"] * 3
+    assert [service.state for service in services.status(settings)] == ["stopped"] * 4
     assert not settings.data_root.exists(), "to ask leaves no trace"
 
 
 def test_what_is_configured_is_not_started(settings: Settings) -> None:
     given = settings.model_copy(
-        update={"kafka": "k:1", "redis_url": "redis://r", "postgres_url": "postgresql://u:secret@p/d"}
+        update={
+            "kafka": "k:1",
+            "redis_url": "redis://r",
+            "postgres_url": "postgresql://u:secret@p/d",
+            "mlflow": "https://u:secret@m",
+        }
     )
     events: list[tuple[str, str]] = []
     addresses = services.up(given, progress=lambda *event: events.append(event))
     assert (addresses.kafka, addresses.redis_url) == ("k:1", "redis://r")
     assert addresses.postgres_url == "postgresql://u:secret@p/d"
+    assert addresses.mlflow == "https://u:secret@m"
     assert events == []
     shown = services.status(given)
     assert [(service.state, service.note) for service in shown] == [
         ("configured", "HEADRACE_KAFKA"),
         ("configured", "HEADRACE_REDIS_URL"),
         ("configured", "HEADRACE_POSTGRES_URL"),
+        ("configured", "HEADRACE_MLFLOW"),
     ]
-    assert shown[2].address == "postgresql://u:***@p/d"
+    assert [service.address for service in shown[2:]] == ["postgresql://u:***@p/d", "https://u:***@m"]
 
 
 def test_a_name_that_no_service_has(settings: Settings) -> None:
-    with pytest.raises(UnknownService, match="no service 'kafak': choose among kafka, redis, postgres"):
+    with pytest.raises(
+        UnknownService, match="no service 'kafak': choose among kafka, redis, postgres, mlflow"
+    ):
         services.up(settings, only=["kafak"])
 
 
@@ -382,6 +393,8 @@ def test_down_where_nothing_ever_was(settings: Settings) -> None:
         (postgres, b"R\0\0\0\x17\0\0\0\x0aSCRAM-SHA-256\0\0", True),
         (postgres, b"E\0\0\0\x3eSFATAL\0C57P03\0Mthe database system is starting up\0", False),
         (postgres, b"", False),
+        (mlflow, b"HTTP/1.1 200 OK\r\n", True),
+        (mlflow, b"HTTP/1.1 503 Service", False),
     ],
 )
 def test_what_counts_as_an_answer(

@@ -1,0 +1,77 @@
+"""`headrace models`, on a folder alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from app.cli import main
+from tables.model_folder import CHAMPION, ModelFolder
+from tests.fixtures.models import SHOP_YAML, card, graph, sigmoid
+
+FIRST = card().version
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelFolder:
+    """With two versions of which the first is the champion."""
+    (tmp_path / "shop.yaml").write_text(SHOP_YAML)
+    for name, value in (
+        ("PIPELINES", tmp_path),
+        ("MODELS_ROOT", tmp_path / "m"),
+        ("DATA_ROOT", tmp_path / "d"),
+    ):
+        monkeypatch.setenv(f"HEADRACE_{name}", str(value))
+    monkeypatch.setenv("HEADRACE_MLFLOW", "off")
+    folder = ModelFolder(tmp_path / "m")
+    folder.save(graph(), card())
+    folder.save(graph(2.0), card(version="second", golden_scores=sigmoid([0.0, 4.0]).tolist()))
+    folder.point("shop", CHAMPION, FIRST)
+    return folder
+
+
+def models(*words: str) -> Result:
+    return CliRunner().invoke(main, ["models", *words, "--pipeline", "shop"])
+
+
+def listed(*words: str) -> dict[str, Any]:
+    return {row.pop("version"): row for row in json.loads(models("list", "--json", *words).stdout)}
+
+
+def test_a_version_from_its_promotion_to_the_archive(folder: ModelFolder) -> None:
+    assert {v: row["aliases"] for v, row in listed().items()} == {FIRST: [CHAMPION], "second": []}
+    assert models("promote", "second").stdout == "second is the champion of shop\n"
+    assert models("rollback").stdout == f"{FIRST} is the champion of shop\n"
+    assert models("promote", "second", "--alias", "challenger-x").exit_code == 0
+    assert listed()["second"]["aliases"] == ["challenger-x", "previous"]
+    folder.save(graph(), card(version="third"))
+    assert models("archive", "third").exit_code == 0
+    assert "third" not in listed()
+    assert listed("--all")["third"]["archived"]
+    assert "third" in models("list", "--all").stdout
+
+
+def test_what_cannot_be_done_is_told_in_a_sentence(folder: ModelFolder) -> None:
+    for words, sentence in (
+        (("rollback",), "No champion of shop is known before this one"),
+        (("archive", FIRST), "is the champion; promote another first"),
+        (("promote", "third"), "There is no version third of shop"),
+        (("show", "third"), "There is no version third of shop"),
+    ):
+        result = models(*words)
+        assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
+        assert sentence in result.stderr
+
+
+def test_a_version_that_workers_refuse_is_shown_with_the_reason(folder: ModelFolder) -> None:
+    shown = models("show", CHAMPION, "--json")
+    assert shown.exit_code == 0
+    assert json.loads(shown.stdout)["thresholds"] == card().thresholds
+    folder.save(graph(3.0), card(version="bad"))
+    shown = models("show", "bad")
+    assert shown.exit_code == 1
+    assert "golden" in shown.stdout
+    assert models("promote", "bad").exit_code == 1
+    assert folder.aliases("shop") == {CHAMPION: FIRST}

@@ -1,0 +1,235 @@
+"""A worker follows the champion of a folder: what passes scores, what does not leaves the old one at it."""
+
+from typing import Any
+
+import pytest
+
+from app import model_life, serving
+from app.errors import RegistryError
+from app.model_life import ModelLife, NotPromoted
+from app.serving import Serving
+from models.scoring import Card, Model, ModelError, Refused
+from tables.model_folder import CHAMPION, PREVIOUS, ModelFolder
+from tests.fixtures.models import SHOP, card, graph, sigmoid
+
+FIRST = card().version
+
+
+def second(**changes: Any) -> Card:
+    return card(**{"version": "second", "golden_scores": sigmoid([0.0, 4.0]).tolist()} | changes)
+
+
+class World:
+    """A folder with a champion, and a worker that follows it."""
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self.folder, self.told = folder, list[str]()
+        self.life = ModelLife(SHOP, folder, row_us=1e6)
+        self.serving = Serving(self.life, 0.01, self.told.append)
+
+    def save(self, saved: Card, weight: float = 1.0) -> None:
+        self.folder.save(graph(weight), saved)
+
+    def point(self, version: str) -> None:
+        """As one would who passes the gate by."""
+        self.folder.point("shop", CHAMPION, version)
+
+    @property
+    def scores(self) -> str:
+        return self.serving.models[CHAMPION].card.version
+
+
+@pytest.fixture
+def world(tmp_path: Any) -> World:
+    world = World(ModelFolder(tmp_path, largest=2**20))
+    world.save(card())
+    world.save(second(), 2.0)
+    world.point(FIRST)
+    return world
+
+
+async def test_a_worker_changes_to_what_the_alias_names(world: World) -> None:
+    await world.serving.look()
+    assert (world.scores, world.serving.shown) == (FIRST, f"model {FIRST}")
+    before = world.serving.models[CHAMPION]
+    await world.serving.look()
+    assert world.serving.models[CHAMPION] is before
+    world.life.promote("second")
+    await world.serving.look()
+    assert world.scores == "second"
+    assert world.life.rollback() == FIRST
+    await world.serving.look()
+    assert world.scores == FIRST
+    assert len(world.told) == 3
+
+
+@pytest.mark.parametrize("reason", ["features", "definition", "golden", "damaged", "size", "slow"])
+async def test_what_is_refused_is_named_once_and_the_old_one_scores_on(
+    world: World, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.serving.look()
+    bad = {
+        "features": second(version="bad", features=["B", "A", "BUYER_NB"]),
+        "definition": second(version="bad", definition="f" * 16),
+        "golden": second(version="bad", golden_scores=[0.5, 0.9]),
+    }.get(reason, second(version="bad"))
+    world.save(bad, 2.0)
+    if reason == "damaged":
+        (world.folder.root / "shop" / "bad" / "model.onnx").write_bytes(graph(2.0)[:-5])
+    if reason == "size":
+        with (world.folder.root / "shop" / "bad" / "model.onnx").open("ab") as file:
+            file.truncate(world.folder.largest + 1)
+    if reason == "slow":
+        monkeypatch.setattr(model_life, "_row_us", lambda model: 2e6)
+    with pytest.raises(Refused):
+        world.life.promote("bad")
+    world.point("bad")
+    for _ in range(3):
+        await world.serving.look()
+    monkeypatch.undo()
+    assert world.scores == FIRST
+    assert world.serving.refusals == {reason: 1}
+    refused = world.serving.refused
+    assert refused is not None
+    assert (refused.version, refused.reason) == ("bad", reason)
+    assert len([told for told in world.told if "bad" in told and f"model {FIRST} scores on" in told]) == 1
+    world.point("second")
+    await world.serving.look()
+    assert (world.scores, world.serving.refused) == ("second", None)
+
+
+async def test_what_was_refused_gets_another_chance(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await world.serving.look()
+    path = world.folder.root / "shop" / "second" / "model.onnx"
+    path.write_bytes(b"half")
+    world.point("second")
+    await world.serving.look()
+    path.write_bytes(graph(2.0))
+    await world.serving.look()
+    assert world.scores == FIRST
+    monkeypatch.setattr(serving, "AGAIN_S", 0.0)
+    await world.serving.look()
+    assert (world.scores, world.serving.refused, world.serving.refusals) == ("second", None, {"damaged": 1})
+
+
+async def test_without_a_model_it_says_why(tmp_path: Any) -> None:
+    world = World(ModelFolder(tmp_path))
+    await world.serving.look()
+    assert world.serving.models == {}
+    assert "No model of shop is the champion; run `headrace train --pipeline shop`" in world.serving.why
+    world.save(second(version="bad", definition="f" * 16))
+    world.point("bad")
+    await world.serving.look()
+    assert world.serving.models == {}
+    assert "trained on definition ffff" in world.serving.why
+    assert world.serving.refusals == {"definition": 1}
+    world.save(card())
+    assert world.life.register(FIRST, promote=False)  # none that this definition takes was there
+    await world.serving.look()
+    assert world.scores == FIRST
+
+
+async def test_a_folder_that_cannot_be_read_stops_nothing(world: World) -> None:
+    pointer = world.folder.root / "shop" / CHAMPION
+    pointer.write_bytes(b"\xff")
+    await world.serving.look()
+    assert world.serving.models == {}
+    assert "aliases in" in world.serving.why
+    pointer.write_text(FIRST)
+    await world.serving.look()
+    pointer.write_bytes(b"\xff")
+    await world.serving.look()
+    assert (world.scores, world.serving.away is None) == (FIRST, False)
+    pointer.write_text("../shop/second")  # no name of a version
+    await world.serving.look()
+    assert world.scores == FIRST
+    pointer.write_text("second")
+    await world.serving.look()
+    assert (world.scores, world.serving.away) == ("second", None)
+
+
+def test_a_trained_version_becomes_the_champion_only_when_asked(world: World) -> None:
+    assert not world.life.register("second", promote=False)
+    assert world.life.aliases() == {CHAMPION: FIRST}
+    assert world.life.register("second", promote=True)
+    assert world.life.aliases() == {CHAMPION: "second", PREVIOUS: FIRST}
+
+
+def test_a_challenger_has_an_alias_of_its_own(world: World) -> None:
+    world.life.promote("second", "challenger-deep")
+    assert world.life.aliases() == {CHAMPION: FIRST, "challenger-deep": "second"}
+    for alias in ("previous", "best", "challenger-../x"):
+        with pytest.raises(NotPromoted, match="neither champion nor challenger-NAME"):
+            world.life.promote("second", alias)
+
+
+def test_rollback_goes_to_the_champion_before_and_back(world: World) -> None:
+    with pytest.raises(NotPromoted, match="No champion of shop is known before"):
+        world.life.rollback()
+    world.life.promote("second")
+    world.life.promote("second")  # again: nothing changes
+    assert world.life.rollback() == FIRST
+    assert world.life.rollback() == "second"
+    assert world.life.aliases() == {CHAMPION: "second", PREVIOUS: FIRST}
+
+
+def test_what_is_archived_is_promoted_no_more(world: World) -> None:
+    with pytest.raises(NotPromoted, match="is the champion; promote another first"):
+        world.life.archive(FIRST)
+    world.life.archive("second")
+    with pytest.raises(NotPromoted, match="second is archived"):
+        world.life.promote("second")
+    with pytest.raises(RegistryError, match="no version third of shop"):
+        world.life.promote("third")
+
+
+@pytest.mark.parametrize(
+    ("tested", "mine", "sentence"),
+    [
+        ((1, 2), 0.91, None),
+        ((1, 2), 0.9, r"auc 0\.9000, which does not beat the 0\.9000"),
+        ((1, 2), 0.8, "does not beat"),
+        ((1, 3), 0.91, "not tested on the same period"),
+        (None, 0.91, "not tested on the same period"),
+    ],
+)
+def test_a_better_one_is_asked_for(
+    world: World, tested: tuple[int, int] | None, mine: float, sentence: str | None
+) -> None:
+    world.folder.save(graph(), card(version="old", tested=(1, 2), metrics={"auc": 0.9}))
+    world.point("old")
+    world.save(second(version="new", tested=tested, metrics={"auc": mine}), 2.0)
+    strict = ModelLife(SHOP, world.folder, row_us=1e6, by="auc")
+    if sentence is None:
+        strict.promote("new")
+    else:
+        with pytest.raises(NotPromoted, match=sentence):
+            strict.promote("new")
+    assert (strict.aliases()[CHAMPION] == "new") == (sentence is None)
+    world.life.promote("new")  # not asked for
+
+
+def test_what_one_is_told_of_a_version(world: World) -> None:
+    found = world.life.examined(CHAMPION)
+    assert (found["version"], found["refused"], found["aliases"]) == (FIRST, None, [CHAMPION])
+    assert found["thresholds"] == card().thresholds
+    world.save(second(version="bad", definition="f" * 16))
+    found = world.life.examined("bad")
+    assert found["reason"] == "definition"
+    assert "trained on definition ffff" in found["refused"]
+    with pytest.raises(RegistryError, match="no version none of shop"):
+        world.life.examined("none")
+
+
+def test_the_time_of_an_event_is_measured_and_bounded(world: World) -> None:
+    took = model_life._row_us(Model(graph(), card(), SHOP))
+    assert 0 < took < float("inf")
+    impatient = ModelLife(SHOP, world.folder, row_us=1e-9)
+    with pytest.raises(Refused, match=r"takes .* us for an event, and 1e-09 are allowed") as refused:
+        impatient.load(FIRST)
+    assert refused.value.reason == "slow"
+
+
+def test_no_champion_is_told(world: World) -> None:
+    with pytest.raises(ModelError, match="No model of shop is the champion"):
+        ModelLife(SHOP, ModelFolder(world.folder.root / "none")).champion()
