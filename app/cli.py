@@ -370,21 +370,35 @@ def features_compute(name: str, alias: str | None, source: Path, target: Path, a
     help="What `headrace features compute` wrote.",
 )
 @click.option("--before", metavar="DAY", help="Leave events from this day on for later.")
+@click.option(
+    "--model", metavar="NAME", help="A file of configs/models, or a path; what the pipeline names by default."
+)
+@click.option(
+    "--folds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Evaluate on so many tests, each on the days before the other's.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON line.")
-def train(name: str, alias: str | None, source: Path, before: str | None, as_json: bool) -> None:
+def train(
+    name: str, alias: str | None, source: Path, before: str | None, model: str | None, folds: int, as_json: bool
+) -> None:  # fmt: skip
     """Train, evaluate on later days, export to ONNX, and put the model where workers find it."""
     from app import lifecycle
-    from app.terminal import table
+    from app.train_report import show
+    from models import model_files
 
     settings = _settings()
+    pipeline = _find(settings, name, alias)
     report = lifecycle.train(
-        _find(settings, name, alias), source, settings.models_root,
-        lambda step: click.echo(f"  {step}", err=True), before,
+        pipeline, source, settings.models_root, lambda step: click.echo(f"  {step}", err=True), before,
+        model=model_files.find(model or pipeline.model.train, settings.model_files), folds=folds,
     )  # fmt: skip
     if as_json:
         _print_json(report)
     else:
-        table(["figure", "value"], [[k, v] for k, v in report.items()])
+        show(report)
 
 
 # --- processes ---------------------------------------------------------------------------------

@@ -24,11 +24,11 @@ from app.local import services
 from app.settings import Settings
 from app.terminal import progress, shown
 from models.errors import HeadraceError
+from models.evaluation import evaluate
 from models.events import event_id
 from models.pipeline import Pipeline, find
 from models.predictions import Prediction
 from models.scoring import ModelError
-from models.training import evaluate
 from models.windows import POSITIVE, UNKNOWN, Floats
 from tables import model_folder
 

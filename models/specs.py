@@ -96,19 +96,16 @@ class FunctionSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class ModelSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Gradient-boosted trees, and the decisions by score.
+    """The decisions by score, and the model file to train by.
 
     `decisions`: name to the share of training events that score at or above its threshold; the
-    decision of an event is the rarest whose threshold it reaches, `otherwise` if none.
+    decision of an event is the rarest whose threshold it reaches, `otherwise` if none. `train`: a file of
+    configs/models, by its name.
     """
 
     decisions: dict[str, float]
     otherwise: str = "pass"
-    trees: int = 100
-    depth: int = 4
-    learning_rate: float = 0.1
-    seed: int = 0
-    test_days: int = 14
+    train: str = "gradient_boosting"
 
 
 class PipelineSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
