@@ -58,9 +58,8 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space:
 
 def show(report: dict[str, Any]) -> None:
     """Print the figures, the decisions and the folds."""
-    table(["figure", "value", "meaning"], [[k, report[k], MEANINGS[k]] for k in MEANINGS])
-    heads, rows = _decisions(report)
-    table(heads, rows)
+    table(["figure", "value"], [[k, report[k]] for k in MEANINGS])
+    table(*_decisions(report))
     if len(report["folds"]) > 1:
         table(*_folds(report))
     table(["", ""], [[k, report[k]] for k in ("version", "path", "seconds") if k in report])
@@ -104,10 +103,12 @@ def page(report: dict[str, Any]) -> str:
 
 
 def _decisions(report: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    names = list(report["decisions"][0])
-    return [name.replace("_", " ") for name in names], [
-        [d[name] for name in names] for d in report["decisions"]
+    """A column for each decision: narrow enough for a phone."""
+    found = report["decisions"]
+    rows = [
+        [name.replace("_", " "), *(one[name] for one in found)] for name in found[0] if name != "decision"
     ]
+    return ["of events that reach it", *(one["decision"] for one in found)], rows
 
 
 def _folds(report: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:

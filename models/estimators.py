@@ -35,7 +35,10 @@ class Kind:
 
 KINDS = {
     "logistic_regression": Kind("sklearn.linear_model", "LogisticRegression", "train", {"max_iter": 1000}, {}),
-    "random_forest": Kind("sklearn.ensemble", "RandomForestClassifier", "train", {}, {}),
+    "random_forest": Kind(
+        # Each tree has a seed of its own, and no thread waits for another.
+        "sklearn.ensemble", "RandomForestClassifier", "train", {}, {"n_jobs": -1},
+    ),
     "gradient_boosting": Kind(
         "sklearn.ensemble", "HistGradientBoostingClassifier", "train",
         # Leaves of few rows overfit rare positives; the depth is the only bound on their number.
@@ -72,7 +75,10 @@ class Fitted:
         """Scores (n,) of rows (n, width), as the library computes them: the probability of label 1."""
         rows = inputs.astype(np.float64) if self.kind == "logistic_regression" else inputs
         limits = extra("threadpoolctl").threadpool_limits(self.threads, user_api="openmp")
-        with limits, np.errstate(over="ignore", invalid="ignore"):  # sums, by which a library looks for infinities
+        with (
+            limits,
+            np.errstate(over="ignore", invalid="ignore"),
+        ):  # sums, by which a library looks for infinities
             scores: Floats = self.classifier.predict_proba(rows)[:, 1].astype(np.float64)
         return scores
 
@@ -88,10 +94,11 @@ def fit(
 ) -> Fitted:
     """Train on rows (n, width) without infinite values, and their labels, 0 and 1.
 
-    given: parameters by the library's names. threads: change the time, never a bit; XGBoost and LightGBM take one.
+    given: parameters by the library's names. threads: change the time, never a bit; XGBoost and LightGBM take one, a
+    random forest all cores.
     Raises ModelError where the library refuses a parameter's value.
     """
-    classifier = _build(kind, given, seed, threads)
+    classifier = _build(kind, given, seed)
     rows = inputs.astype(np.float64) if kind == "logistic_regression" else inputs
     try:
         # OpenMP threads wait for each other by spinning: with a busy core, two took 3 to 20 times as long as one.
@@ -108,11 +115,9 @@ def fit(
     return Fitted(kind, classifier, threads)
 
 
-def _build(name: str, parameters: dict[str, Any], seed: int, threads: int) -> Any:
+def _build(name: str, parameters: dict[str, Any], seed: int) -> Any:
     kind = KINDS[name]
     given = {**kind.defaults, **parameters, **kind.fixed, "random_state": seed}
-    if name == "random_forest":
-        given["n_jobs"] = threads
     classifier = getattr(extra(kind.module, kind.extra), kind.name)(**given)
     if name != "logistic_regression":
         return classifier

@@ -59,7 +59,7 @@ def train(
     early, late = split.early, split.late
     inputs = exporting.rounded(examples.vectors)
     say(
-        f"Training on {early.sum():,} events until {date(split.at - label_delay(pipeline))} "
+        f"Training on {early.sum():,} events before {date(split.at - label_delay(pipeline))} "
         f"({labels[early].sum():,} positive), testing on the {late.sum():,} from {date(split.at)} on."
     )
     # 2. fit
