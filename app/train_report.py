@@ -52,6 +52,7 @@ svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; width: 100%; }
 th, td { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
+td:first-child { white-space: nowrap; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 """
 
@@ -161,6 +162,10 @@ def _number(value: float) -> str:
     return f"{value:.2g}"
 
 
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value < 10_000 else f"{value / 1000:,.0f}k"
+
+
 def _line(points: _Points, guide: bool = False) -> str:
     path = "L".join(f"{_x(x)} {_y(y)}" for x, y in points)
     diagonal = f'<path class="guide" d="M{_x(0)} {_y(0)}L{_x(1)} {_y(1)}"/>' if guide else ""
@@ -200,7 +205,7 @@ def _histogram(counts: dict[str, list[int]]) -> str:
                     f'<rect class="{style}" x="{_x(i * width + inset)}" y="{top}" '
                     f'width="{round(_x(width - 2 * inset) - _x(0) - 0.5, 1)}" height="{round(_y(0) - top, 1)}"/>'
                 )
-    return _axes(_number, lambda share: _number(10 ** (share * most) - 1)) + "".join(bars)
+    return _axes(_number, lambda share: _count(10 ** (share * most) - 1)) + "".join(bars)
 
 
 def _days(points: _Points) -> str:

@@ -11,6 +11,7 @@ import pytest
 from app import history, kafka, lifecycle, replay, session, verify
 from app.local.services import Addresses
 from app.settings import Settings
+from models.model_files import ModelFile
 from models.pipeline import load
 from models.predictions import decode
 from tests.integration.test_stream import Run
@@ -41,7 +42,7 @@ entities:
       USER_BYTES_1D: {aggregate: sum, of: BYTES, window: 1d}
       USER_MEAN_BYTES_10M: {aggregate: mean, of: BYTES, window: 10m, delay: 5m}
 vector: [SECONDS, LOG_SECONDS, EARLY, BYTES, USER_NB_1H, USER_BYTES_1D, USER_MEAN_BYTES_10M]
-model: {decisions: {ask: 0.1}, trees: 10, test_days: 2}
+model: {decisions: {ask: 0.1}}
 predictions_carry_features: true
 """
 ROWS = 6000
@@ -74,7 +75,10 @@ async def test_one_entity_text_ids_iso_times_floats_and_nulls(
     write(tmp_path / "logins.parquet")
     pipeline = load(tmp_path / "logins.yaml", "logins-shape")
     history.compute(tmp_path / "logins.parquet", tmp_path / "features.parquet", pipeline)
-    lifecycle.train(pipeline, tmp_path / "features.parquet", world.models_root, lambda step: None)
+    lifecycle.train(
+        pipeline, tmp_path / "features.parquet", world.models_root, lambda step: None,
+        model=ModelFile(kind="logistic_regression", test_days=2),
+    )  # fmt: skip
     tape = replay.tape(tmp_path / "logins.parquet", pipeline)
     await session.fresh(world, pipeline, addresses)
     worker = session.Process(world.model_copy(update={"pipelines": tmp_path}), pipeline, "worker")
