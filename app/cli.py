@@ -388,25 +388,39 @@ def features_compute(name: str, alias: str | None, source: Path, target: Path, a
 )
 @click.option("--before", metavar="DAY", help="Leave events from this day on for later.")
 @click.option("--promote", is_flag=True, help="Make it the champion, though there is one.")
+@click.option(
+    "--model", metavar="NAME", help="A file of configs/models, or a path; what the pipeline names by default."
+)
+@click.option(
+    "--folds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Evaluate on so many tests, each on the days before the other's.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON line.")
 def train(
-    name: str, alias: str | None, source: Path, before: str | None, promote: bool, as_json: bool
-) -> None:
+    name: str, alias: str | None, source: Path, before: str | None, promote: bool, model: str | None, folds: int,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Train, evaluate on later days, export to ONNX, and register the version.
 
     It becomes the champion with --promote, or where workers have none that they take.
     """
     from app import lifecycle
-    from app.terminal import table
+    from app.train_report import show
+    from models import model_files
 
-    life = _life(_settings(), name, alias)
+    settings = _settings()
+    life = _life(settings, name, alias)
     report = lifecycle.train(
         life, source, lambda step: click.echo(f"  {step}", err=True), before, promote,
+        model=model_files.find(model or life.pipeline.model.train, settings.model_files), folds=folds,
     )  # fmt: skip
     if as_json:
         _print_json(report)
     else:
-        table(["figure", "value"], [[k, v] for k, v in report.items()])
+        show(report)
 
 
 def _life(settings: Settings, name: str, alias: str | None = None) -> ModelLife:

@@ -26,10 +26,10 @@ from app.model_life import ModelLife
 from app.settings import Settings
 from app.terminal import progress, shown
 from models.errors import HeadraceError
+from models.evaluation import evaluate
 from models.pipeline import Pipeline, find
 from models.predictions import Prediction
 from models.scoring import ModelError
-from models.training import evaluate
 from models.windows import POSITIVE, UNKNOWN, Floats
 from tables.model_folder import ModelFolder
 

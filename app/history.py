@@ -20,8 +20,9 @@ from models.events import EventDecoder, scaled
 from models.fields import Field, joined
 from models.history import History, vectors_of
 from models.pipeline import Pipeline
+from models.splits import Examples
 from models.streams import Stream
-from models.windows import NEGATIVE, NULL, POSITIVE, UNKNOWN, Bytes, Floats, Ints
+from models.windows import NEGATIVE, NULL, POSITIVE, UNKNOWN, Bytes, Ints
 
 
 class FileWrong(HeadraceError):
@@ -178,14 +179,15 @@ def compute(source: Path, target: Path, pipeline: Pipeline) -> int:
     """Fold the events of a file, or of a folder with one for each stream, and write the first stream's vectors: how
     many rows.
 
-    The target has the event id, the event time, the vector's columns (float64) and, where the source
-    has it, the label.
+    The target has the event id, the event time, the keys of the entities, the vector's columns (float64) and, where
+    the source has it, the label.
     """
     file = read(source, pipeline)
     stream, table = pipeline.stream, file.tables[0]
     first = file.history.streams == 0
     vectors = vectors_of(pipeline, file.history)[first]
     columns: dict[str, Any] = {stream.id: table[stream.id], stream.time: table[stream.time]}
+    columns |= {key: table[key] for e in pipeline.entities if e.is_of(stream) for key in e.keys}
     for i, name in enumerate(pipeline.vector):
         columns[name] = pa.array(np.ascontiguousarray(vectors[:, i]))
     if pipeline.labels is not None and pipeline.labels.field in table.column_names:
@@ -225,16 +227,7 @@ def as_json(table: pa.Table, fields: list[Field]) -> list[bytes]:
     return [encode(struct(*row)) for row in zip(*columns, strict=True)]
 
 
-@dataclass
-class Training:
-    """What `compute` wrote and training reads: vectors (n, width), labels (n,) 0 or 1, times (n,) ms."""
-
-    vectors: Floats
-    labels: Bytes
-    times: Ints
-
-
-def read_training(path: Path, pipeline: Pipeline, before: int | None = None) -> Training:
+def read_training(path: Path, pipeline: Pipeline, before: int | None = None) -> Examples:
     """Read a file that `compute` wrote under the same definition. Rows without a label are left out.
 
     before: only events earlier than this, ms.
@@ -255,13 +248,15 @@ def read_training(path: Path, pipeline: Pipeline, before: int | None = None) -> 
     if label not in table.column_names:
         raise FileWrong(f"{path} has no label {label}; compute it from a file that has one.")
     table = table.filter(pc.is_valid(table[label]))
-    vectors = np.column_stack([table[name].to_numpy() for name in pipeline.vector])
     stream = pipeline.stream
     times = _integers(table, stream.fields[stream.time], path)
     if before is not None:
         early = times < before
-        vectors, times, table = vectors[early], times[early], table.filter(pa.array(early))
-    return Training(vectors, table[label].to_numpy().astype(np.int8), times)
+        times, table = times[early], table.filter(pa.array(early))
+    vectors = np.column_stack([table[name].to_numpy() for name in pipeline.vector])
+    there = [e for e in pipeline.entities if set(e.keys) <= {*table.column_names}]
+    keys = {e.name: _codes(pa.chunked_array([key_column(table, e.keys)])) for e in there}
+    return Examples(vectors, table[label].to_numpy().astype(np.int8), times, keys)
 
 
 def _integers(table: pa.Table, field: Field, path: Path) -> Ints:

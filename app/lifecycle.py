@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 
-from app import history
+from app import history, train_report
 from app.model_life import ModelLife
 from models import training
+from models.model_files import ModelFile
 from models.pipeline import Pipeline
 from models.scoring import Model, ModelError
 from tables.model_folder import ModelFolder
@@ -34,22 +35,31 @@ def train(
     progress: Callable[[str], None],
     before: str | None = None,
     promote: bool = False,
+    *,
+    model: ModelFile | None = None,
+    folds: int = 1,
 ) -> dict[str, Any]:
     """Train on what `headrace features compute` wrote, and register the result. Its report.
 
     before: a day; events from it on are left for what comes after. It becomes the champion where
-    `promote` says so, or where there is none that workers take.
+    `promote` says so, or where there is none that workers take. model: the boosted trees of
+    `gradient_boosting.yaml` by default. folds: see models.training.train. The report belongs to the version, as
+    `report.json` and `report.html`.
     """
     started, pipeline = time.perf_counter(), life.pipeline
     data = history.read_training(features, pipeline, history.instant(before) if before else None)
     progress(f"{len(data.labels):,} rows of {features}")
-    trained = training.train(pipeline, data.vectors, data.labels, data.times, progress)
+    trained = training.train(pipeline, model or ModelFile(), data, progress, folds=folds)
     Model(trained.graph, trained.card, pipeline)  # what a worker would refuse is not saved
-    tested = (round(trained.report["split"]), int(data.times.max()))
-    path = life.registry.folder.save(trained.graph, msgspec.structs.replace(trained.card, tested=tested))
+    report = {
+        "report.json": msgspec.json.format(msgspec.json.encode(trained.report)),
+        "report.html": train_report.page(trained.report).encode(),
+    }
+    tested = (int(trained.report["split"]), int(data.times.max()))
+    card = msgspec.structs.replace(trained.card, tested=tested)
+    path = life.registry.folder.save(trained.graph, card, report)
     return {
         **trained.report,
-        "version": trained.card.version,
         "champion": life.register(trained.card.version, promote),
         "path": str(path),
         "seconds": round(time.perf_counter() - started, 1),

@@ -126,6 +126,10 @@ class Settings(BaseSettings):
     pipelines: Path = Field(
         default=Path("configs/pipelines"), description="Directory of the pipeline definitions (YAML)."
     )
+    model_files: Path = Field(
+        default=Path("configs/models"),
+        description="Directory of the model files, by which `headrace train` trains.",
+    )
     checkpoints: str | None = Field(
         default=None,
         description="Folder or URL (fsspec) that copies of the stores go to, or off. Without it, "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -532,9 +531,6 @@ class _Compiler:
         for name, share in model.decisions.items():
             if not 0 < share < 1:
                 raise self.fail(("model", "decisions", name), f"{share} is no share between 0 and 1.")
-        for bound in ("trees", "depth", "learning_rate", "test_days"):
-            if not 0 < getattr(model, bound) < math.inf:
-                raise self.fail(("model", bound), "it must be above 0.")
 
     def new_name(self, name: str, fields: Mapping[str, Field], at: tuple[Any, ...]) -> None:
         if not NAME.fullmatch(name):

@@ -185,7 +185,7 @@ class FunctionSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class ModelSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Gradient-boosted trees, and the decisions by score."""
+    """The decisions by score, and the model file to train by."""
 
     decisions: Annotated[
         dict[str, float],
@@ -195,11 +195,9 @@ class ModelSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         ),
     ]
     otherwise: Annotated[str, _is("the decision of all other events")] = "pass"
-    trees: Annotated[int, _is("how many trees there are")] = 100
-    depth: Annotated[int, _is("how deep a tree is at most")] = 4
-    learning_rate: Annotated[float, _is("how much of its correction a tree adds")] = 0.1
-    seed: Annotated[int, _is("decides what is random in training")] = 0
-    test_days: Annotated[int, _is("the last days of the training file, kept for the test")] = 14
+    train: Annotated[
+        str, _is("the file of `configs/models` that `headrace train` takes unless told another")
+    ] = "gradient_boosting"
 
 
 class PipelineSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -221,7 +219,7 @@ class PipelineSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             "features by name"
         ),
     ]
-    model: Annotated[ModelSpec, _is("the trees to train, and the decisions by score")]
+    model: Annotated[ModelSpec, _is("the decisions by score, and which model to train")]
     labels: Annotated[LabelsSpec | None, _is("the stream of labels, where there is one")] = None
     reversals: Annotated[ReversalsSpec | None, _is("the stream of reversals, where there is one")] = None
     transforms: Annotated[

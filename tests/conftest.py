@@ -17,6 +17,7 @@ from tables.model_folder import ModelFolder
 
 REPOSITORY = Path(__file__).parents[1]
 PIPELINES = REPOSITORY / "configs" / "pipelines"
+MODEL_FILES = REPOSITORY / "configs" / "models"
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
         "HEADRACE_DATA_ROOT": str(root / "data"),
         "HEADRACE_MODELS_ROOT": str(root / "models"),
         "HEADRACE_PIPELINES": str(PIPELINES),
+        "HEADRACE_MODEL_FILES": str(MODEL_FILES),
         "HEADRACE_PARTITIONS": "4",
         "HEADRACE_ALIGNMENT_S": "21600",  # tests replay days in seconds
         "HEADRACE_KAFKA_PORT": "29092",

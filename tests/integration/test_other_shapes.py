@@ -12,6 +12,7 @@ from app import history, kafka, lifecycle, replay, session, verify
 from app.local.services import Addresses
 from app.model_life import ModelLife
 from app.settings import Settings
+from models.model_files import ModelFile
 from models.pipeline import load
 from models.predictions import decode
 from tables.model_folder import ModelFolder
@@ -43,7 +44,7 @@ entities:
       USER_BYTES_1D: {aggregate: sum, of: BYTES, window: 1d}
       USER_MEAN_BYTES_10M: {aggregate: mean, of: BYTES, window: 10m, delay: 5m}
 vector: [SECONDS, LOG_SECONDS, EARLY, BYTES, USER_NB_1H, USER_BYTES_1D, USER_MEAN_BYTES_10M]
-model: {decisions: {ask: 0.1}, trees: 10, test_days: 2}
+model: {decisions: {ask: 0.1}}
 predictions_carry_features: true
 """
 ROWS = 6000
@@ -77,7 +78,10 @@ async def test_one_entity_text_ids_iso_times_floats_and_nulls(
     pipeline = load(tmp_path / "logins.yaml", "logins-shape")
     history.compute(tmp_path / "logins.parquet", tmp_path / "features.parquet", pipeline)
     life = ModelLife(pipeline, ModelFolder(world.models_root))
-    lifecycle.train(life, tmp_path / "features.parquet", lambda step: None)
+    lifecycle.train(
+        life, tmp_path / "features.parquet", lambda step: None,
+        model=ModelFile(kind="logistic_regression", test_days=2),
+    )  # fmt: skip
     tape = replay.tape(tmp_path / "logins.parquet", pipeline)
     await session.fresh(world, pipeline, addresses)
     worker = session.Process(world.model_copy(update={"pipelines": tmp_path}), pipeline, "worker")

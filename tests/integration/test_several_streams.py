@@ -20,6 +20,7 @@ from app.datasets.network import write_network
 from app.local.services import Addresses
 from app.model_life import ModelLife
 from app.settings import Settings
+from models.model_files import ModelFile
 from models.pipeline import Pipeline, find, load
 from models.predictions import decode
 from tables.model_folder import ModelFolder
@@ -55,7 +56,7 @@ entities:
     features:
       TIMES: {aggregate: count, window: lifetime}
 vector: [AMOUNT, stream, LOGINS, DEVICES, SPENT, SINCE, RISK, TIMES]
-model: {decisions: {ask: 0.1}, trees: 10, test_days: 2}
+model: {decisions: {ask: 0.1}}
 """
 PAYMENTS, LOGINS = 6000, 4000
 
@@ -89,7 +90,8 @@ def bank(world: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_bank(folder / "data")
     pipeline = load(folder / "bank.yaml")
     history.compute(folder / "data", folder / "features.parquet", pipeline)
-    lifecycle.train(_life(world, pipeline), folder / "features.parquet", lambda step: None)
+    small = ModelFile(parameters={"max_iter": 10}, test_days=2)
+    lifecycle.train(_life(world, pipeline), folder / "features.parquet", lambda step: None, model=small)
     return folder
 
 

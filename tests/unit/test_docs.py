@@ -20,16 +20,19 @@ from app.explain import Explanation, Place, Served
 from app.kafka import wanted_topics
 from app.metrics import WorkerCollector
 from app.settings import Settings, variable
+from app.train_report import MEANINGS
 from models import explain
 from models.dead_letters import DeadLetter, Replayed
+from models.estimators import KINDS as KINDS_OF_MODELS
 from models.events import Code
 from models.explain import Explained, Relabelled, View
+from models.model_files import ModelFile
 from models.pipeline import find, parse
 from models.predictions import Origin, Prediction
 from models.records import RecordCodec
 from models.windows import OUTCOMES
 from tables.mirror import Mirror, connect
-from tests.conftest import PIPELINES, REPOSITORY
+from tests.conftest import MODEL_FILES, PIPELINES, REPOSITORY
 
 DOCS = REPOSITORY / "docs"
 PAGES = [
@@ -171,6 +174,21 @@ def test_every_topic() -> None:
 def test_every_outcome() -> None:
     for outcome in OUTCOMES:
         assert f"`{outcome}`" in page("guarantees.md"), outcome
+
+
+def test_every_key_kind_and_figure_of_a_training() -> None:
+    text = page("training.md")
+    rows = {
+        name
+        for row in re.findall(r"^\| (.*?) \|", text, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", row)
+    }
+    assert fields(ModelFile) | set(KINDS_OF_MODELS) | set(MEANINGS) == rows
+    for path in MODEL_FILES.glob("*.yaml"):
+        assert path.stem in text, path
+    for field in msgspec.structs.fields(ModelFile):
+        if isinstance(field.default, int | float) and field.name != "skip_known":
+            assert f"| `{field.name}` | {field.default:g} |" in text, field.name
 
 
 def fields(*structs: type[msgspec.Struct]) -> set[str]:

@@ -133,7 +133,7 @@ CASES: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
     ],
     "another `topic` of the labels": [((), ("known: KNOWN", "known: KNOWN\n  topic: raw"))],
     "another `name` of the pipeline, and so of its topics": [((), ("name: shop", "name: store"))],
-    "another `model`": [((), ("review: 0.1", "look: 0.2")), ((), ("model:\n", "model:\n  trees: 7\n"))],
+    "another `model`": [((), ("review: 0.1", "look: 0.2")), ((), ("model:\n", "model:\n  train: xgboost\n"))],
     "another `predictions_carry_features`": [((), ("model:", "predictions_carry_features: false\nmodel:"))],
     "comments, order of keys, spaces in a transform or a `where`, `60m` for `1h`, a default written out": [
         ((), ("lateness: 1h", "lateness: 1h # a comment")),

@@ -120,13 +120,19 @@ def test_a_file_that_is_none_is_told(cards: Pipeline, tmp_path: Path) -> None:
 
 
 def test_training_reads_what_was_computed_under_the_same_definition(cards: Pipeline, tmp_path: Path) -> None:
-    rows = [(float(day), 1, 1, 1.0, [0, 1, None][day % 3]) for day in range(9)]
+    rows = [(float(day), 7 + day % 3 % 2, 1, 1.0, [0, 1, None][day % 3]) for day in range(9)]
     target = tmp_path / "features.parquet"
     assert history.compute(written(tmp_path, payments(rows)), target, cards) == 9
-    assert pq.read_table(target).column_names == ["TRANSACTION_ID", "TX_DATETIME", *cards.vector, "TX_FRAUD"]
+    assert pq.read_table(target).column_names == [
+        "TRANSACTION_ID", "TX_DATETIME", "CUSTOMER_ID", "TERMINAL_ID", *cards.vector, "TX_FRAUD",
+    ]  # fmt: skip
     training = history.read_training(target, cards)
     assert training.labels.tolist() == [0, 1, 0, 1, 0, 1]  # those without a label are left out
     assert training.vectors.shape == (6, 16)
+    assert {name: codes.tolist() for name, codes in training.keys.items()} == {
+        "customer": [0, 1] * 3,
+        "terminal": [0] * 6,
+    }
     early = history.read_training(target, cards, history.instant("2018-04-05"))
     assert (early.times < history.instant("2018-04-05")).all()
     assert early.labels.tolist() == [0, 1, 0]
