@@ -483,6 +483,8 @@ def models_show(version: str, name: str, as_json: bool) -> None:
     found = _life(_settings(), name).examined(version)
     if "registered" in found:
         found["registered"] = utc(found["registered"])
+    if found.get("tested"):
+        found["tested"] = [utc(time) for time in found["tested"]]
     if as_json:
         _print_json(found)
     else:

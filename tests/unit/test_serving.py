@@ -1,5 +1,7 @@
 """A worker follows the champion of a folder: what passes scores, what does not leaves the old one at it."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -233,3 +235,10 @@ def test_the_time_of_an_event_is_measured_and_bounded(world: World) -> None:
 def test_no_champion_is_told(world: World) -> None:
     with pytest.raises(ModelError, match="No model of shop is the champion"):
         ModelLife(SHOP, ModelFolder(world.folder.root / "none")).champion()
+
+
+def test_a_worker_does_not_import_mlflow() -> None:
+    """It would cost seconds and some hundred MB."""
+    program = "import sys, app.worker, app.cli; print('mlflow' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert said.stdout == "False\n"
