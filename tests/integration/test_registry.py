@@ -5,6 +5,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,22 @@ def versions_of(trained: Settings, mlflow: str, pipeline: Pipeline) -> tuple[Mod
     return ours, first, new.version
 
 
+class Load:
+    """Flights of one day after the other, until there is `enough`; how many were sent."""
+
+    def __init__(self, flights: Path, pipeline: Pipeline, address: str) -> None:
+        self._flights, self._pipeline, self._address = flights, pipeline, address
+        self.enough, self.sent = False, 0
+
+    async def publish(self) -> None:
+        day = date(2013, 3, 1)
+        while not self.enough:
+            following = day + timedelta(days=1)
+            tape = replay.tape(self._flights, self._pipeline, str(day), str(following))
+            await replay.publish(tape, self._pipeline, self._address, 400)
+            self.sent, day = self.sent + tape.events, following
+
+
 @pytest.mark.timeout(300)
 async def test_two_workers_under_load_follow_the_champion(
     trained: Settings, addresses: Addresses, mlflow: str, flights: Path, tmp_path: Path
@@ -253,10 +270,10 @@ async def test_two_workers_under_load_follow_the_champion(
     pipeline = find(NAME, trained.pipelines, "flights-registry")
     await session.fresh(trained, pipeline, addresses)
     ours, first, second = versions_of(trained, mlflow, pipeline)
-    tape = replay.tape(flights, pipeline, "2013-03-01", "2013-03-20")
+    load = Load(flights, pipeline, addresses.kafka)
     with Fleet(trained, pipeline, mlflow, tmp_path, 2) as fleet:
         await asyncio.gather(*(worker.ready() for worker in fleet.workers))
-        publishing = asyncio.create_task(replay.publish(tape, pipeline, addresses.kafka, 400))
+        publishing = asyncio.create_task(load.publish())
         await fleet.until(lambda m: m["headrace_predictions_total"] > 500)
         # 1. promote: what is predicted once both have changed carries the new version
         ours.promote(second)
@@ -294,15 +311,16 @@ async def test_two_workers_under_load_follow_the_champion(
         fleet.workers[1].start()
         await fleet.workers[1].ready()
         await fleet.scored_by(first)
+        load.enough = True
         assert not publishing.done(), "all of it is to happen under load"
         await publishing
-        await all_served(pipeline, addresses.kafka, tape.events, fleet.workers[0])
+        await all_served(pipeline, addresses.kafka, load.sent, fleet.workers[0])
         assert (await fleet.workers[1].metrics())["headrace_predictions_total"] > 0
         # 5. MLflow back
         services.up(trained, ["mlflow"])
         await fleet.until(lambda m: m["headrace_registry_up"] == 1)
     verdict, _ = await verify.check(pipeline, addresses.kafka)
-    assert verdict.events == verdict.predictions == tape.events
+    assert verdict.events == verdict.predictions == load.sent
     assert (verdict.lost, verdict.doubled, verdict.differing) == (0, 0, 0)
     predictions = await served(pipeline, addresses.kafka)
     assert {p.model for _, p in predictions} == {NAME}
