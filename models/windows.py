@@ -654,19 +654,6 @@ def _put_early(rows: Ints, p: Ints, time: int, event_id: int, state: int) -> Non
 
 
 @jit
-def _met(rows: Ints, p: Ints, time: int, event_id: int) -> int:
-    """What an event that has no row meets: DUPLICATE if it was reversed, CANCELLED if its reversal waits for it."""
-    met = FOLDED
-    for row in range(p[_EARLY], p[_EARLY] + p[_EARLY_LENGTH]):
-        if rows[row, _ID] == event_id:
-            if rows[row, _STATE] == _GONE:
-                return DUPLICATE
-            if rows[row, _STATE] == REVERSED and rows[row, _TIME] == time:
-                met = CANCELLED
-    return met
-
-
-@jit
 def _gain(columns: Ints, column: int, values: Ints, state: int) -> int:  # noqa: PLR0911 - by meaning
     """What a row adds to a running column."""
     what, value, of = columns[column, 0], columns[column, 1], columns[column, 2]
@@ -693,22 +680,6 @@ def _gain(columns: Ints, column: int, values: Ints, state: int) -> int:  # noqa:
 
 
 @jit
-def _arrive(rows: Ints, p: Ints, retention: int, time: int, event_id: int) -> int:
-    """Let time pass to an event's, forget what that makes too old, and take the label that waits for the event."""
-    newest = p[_NEWEST]
-    if newest == NULL or time > newest:
-        p[_NEWEST] = newest = time
-    horizon = newest - retention
-    start = p[_START]
-    end = start + p[_LENGTH]
-    while start < end and rows[start, _TIME] <= horizon:
-        start += 1
-    p[_START] = start
-    p[_LENGTH] = end - start
-    return _early_label(rows, p, time, event_id, horizon) if p[_EARLY_LENGTH] else UNKNOWN
-
-
-@jit
 def _insert(
     rows: Ints,
     p: Ints,
@@ -720,12 +691,23 @@ def _insert(
     values: Ints,
     flags: int,
 ) -> int:
-    """Put one event's row in its place. There is room for it. Returns FOLDED or LATE."""
-    late = p[_NEWEST] != NULL and time < p[_NEWEST]
-    state = _arrive(rows, p, retention, time, event_id)
-    state |= flags << _LABEL_BITS
+    """Put one event's row in its place. There is room for it. Returns FOLDED, LATE, or, with no row, CANCELLED."""
+    newest = p[_NEWEST]
+    late = newest != NULL and time < newest
+    if not late:
+        p[_NEWEST] = newest = time
+    horizon = newest - retention
     start = p[_START]
     end = start + p[_LENGTH]
+    while start < end and rows[start, _TIME] <= horizon:
+        start += 1
+    p[_START] = start
+    state = _early_label(rows, p, time, event_id, horizon) if p[_EARLY_LENGTH] else UNKNOWN
+    if state == REVERSED:  # as if it were folded, and taken out at once
+        p[_LENGTH] = end - start
+        _put_early(rows, p, time, event_id, _GONE)
+        return CANCELLED
+    state |= flags << _LABEL_BITS
     at = _behind(rows, start, end, time)
     if hop and at > start and rows[at - 1, _TIME] == time:
         at -= 1  # into its cell
@@ -805,7 +787,10 @@ def _label(  # noqa: PLR0911 - by outcome
 
 @jit
 def _known(rows: Ints, p: Ints, event_id: int) -> bool:
-    """Whether a row has this id."""
+    """Whether a row has this id, or had it and was reversed."""
+    for row in range(p[_EARLY], p[_EARLY] + p[_EARLY_LENGTH]):
+        if rows[row, _ID] == event_id and rows[row, _STATE] == _GONE:
+            return True
     if p[_LENGTH] >= _LONG and p[_INDEX] != _NONE and not _place(rows, p, event_id)[1]:
         return False  # a forgotten row's id stays in the index, so a hit is looked up
     for i in range(p[_START] + p[_LENGTH] - 1, p[_START] - 1, -1):  # noqa: SIM110 - numba has no any() of this
@@ -881,16 +866,11 @@ def _fold(
             outcomes[i] = _label(rows, p, plan, time, ids[i], labels[i])
             continue
         cell = time // hop * hop if hop else time
-        met = _met(rows, p, time, ids[i]) if p[_EARLY_LENGTH] and not hop else FOLDED
         if p[_NEWEST] != NULL and cell <= p[_NEWEST] - retention:
             outcomes[i] = TOO_LATE
-        elif met == DUPLICATE or (not hop and _known(rows, p, ids[i])):
+        elif not hop and _known(rows, p, ids[i]):
             outcomes[i] = DUPLICATE
             continue
-        elif met == CANCELLED:  # as if it had been folded, and taken out at once
-            _arrive(rows, p, retention, time, ids[i])
-            _put_early(rows, p, time, ids[i], _GONE)
-            outcomes[i] = CANCELLED
         else:
             if not _room_for_row(rows, heap, p):
                 return i

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from models.aggregates import Aggregate
 from models.events import EventDecoder, LabelDecoder, key_bytes
 from models.partitions import partition_of
 from models.records import RecordCodec
-from models.windows import COUNT, DUPLICATE, LABEL, MEAN, NULL, OUTCOMES, SHARE, SUM
+from models.windows import COUNT, DUPLICATE, LABEL, MEAN, NULL, OUTCOMES, REVERSED, SHARE, SUM
 from tables.profiles import Applied, Profiles
 from tables.store import Progress, Snapshot, Store
 from tests.fixtures.histories import bits, packed_of
@@ -274,6 +275,8 @@ def record_logs(draw: st.DrawFn) -> tuple[list[list[Fetched]], list[list[Fetched
                 raw = [b'{"ID": %d, "AT": %d, "SHOP": "%s", "RETURNED": %s, "KNOWN": %d}'
                        % (id, at, name.encode(), state, at + DAY)]  # fmt: skip
                 found, _, _ = labels.decode(raw)
+                if draw(st.integers(0, 3)) == 0:
+                    found = replace(found, states=np.full(1, REVERSED, np.int8))
                 (value,) = codec.encode_labels(found, np.array([0]), np.array([offset]), before, 1)
             key = name.encode()
             own.append((target, key, value))
@@ -650,6 +653,19 @@ def test_touched_profiles_are_read_as_of_their_newest_event(tmp_path: Path) -> N
     assert profiles.touched(10).keys == []
     profiles.apply([(0, orders(two, 9, first=4))])
     assert profiles.touched(10).keys == [key_bytes(two)]
+
+
+def test_what_changes_no_value_touches_nothing(tmp_path: Path) -> None:
+    """A reversal that waits, and a second one, which is ignored: no value is to be had of the profile yet."""
+    raw = b'{"ID": 1, "AT": %d, "SHOP": "s1", "RETURNED": 1, "KNOWN": %d}' % (START, START + DAY)
+    found, _, _ = LabelDecoder(SHOP, SHOP.said[0]).decode([raw])
+    found = replace(found, states=np.full(1, REVERSED, np.int8))
+    profiles, codec = opened(shops(tmp_path)), RecordCodec(SHOP, 1)
+    values = [codec.encode_labels(found, *np.array([[0], [n], [n - 1]]), 1)[0] for n in range(2)]
+    log = partition_of(b"s1", PARTITIONS)
+    profiles.apply([(log, [Fetched(n, value, b"s1") for n, value in enumerate(values)])])
+    assert (profiles.counts["label_early"], profiles.counts["label_stale"]) == (1, 1)
+    assert profiles.touched(10).keys == []
 
 
 def test_touched_gives_no_more_than_asked_and_all_in_the_end(tmp_path: Path) -> None:
