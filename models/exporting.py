@@ -19,6 +19,7 @@ from models.windows import Floats, Ints
 # Old enough for every onnxruntime in use; from `ai.onnx.ml` 5 on TreeEnsembleClassifier is deprecated.
 OPSETS = {"": 18, "ai.onnx.ml": 3}
 IR_VERSION = 8
+ZERO = np.float32(1e-35)  # what is not farther from 0 LightGBM takes for 0, in training and later
 PLANTED_SPLITS = 4_000  # thresholds of the trees beside which the graph is tried, at most
 
 
@@ -200,7 +201,11 @@ def _lowered(fitted: Fitted) -> Any:
 
 
 def _lowered_line(match: re.Match[str]) -> str:
-    lowered = below(np.array(match[0].split(), np.float64)).astype(np.float64)
+    thresholds = np.array(match[0].split(), np.float64)
+    lowered = below(thresholds)
+    lowered[(thresholds >= -ZERO) & (thresholds < 0)] = np.nextafter(-ZERO, np.float32(-np.inf))
+    lowered[(thresholds >= 0) & (thresholds < ZERO)] = ZERO
+    lowered = lowered.astype(np.float64)
     return " ".join(map(repr, np.clip(lowered, -1e300, 1e300).tolist()))  # for LightGBM reads no infinity
 
 
