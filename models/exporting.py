@@ -19,6 +19,7 @@ from models.windows import Floats, Ints
 # Old enough for every onnxruntime in use; from `ai.onnx.ml` 5 on TreeEnsembleClassifier is deprecated.
 OPSETS = {"": 18, "ai.onnx.ml": 3}
 IR_VERSION = 8
+ZERO = np.float32(1e-35)  # what is not farther from 0 LightGBM takes for 0, in training and later
 PLANTED_SPLITS = 4_000  # thresholds of the trees beside which the graph is tried, at most
 
 
@@ -31,7 +32,7 @@ def export(fitted: Fitted, name: str, width: int) -> bytes:
             nodes, constants = _linear(fitted.classifier)
         else:
             nodes, constants = [_trees(fitted, width)], []
-    except ModelError:
+    except ModelError:  # an extra is missing
         raise
     except Exception as error:  # converters raise whatever they meet
         first = str(error).strip().splitlines()[0]
@@ -100,7 +101,8 @@ def worst_difference(model: Model, fitted: Fitted, inputs: Rounded) -> float:
 
 def disagree(how: str) -> ModelError:
     return ModelError(
-        f"The exported graph does not compute what was trained ({how}); install another onnxruntime."
+        f"The exported graph does not compute what was trained ({how}); install another onnxruntime or, if that does "
+        "not help, another skl2onnx or onnxmltools."
     )
 
 
@@ -156,37 +158,25 @@ def _linear(steps: Any) -> tuple[list[Any], list[Any]]:
 
 def _trees(fitted: Fitted, width: int) -> Any:
     """One TreeEnsembleClassifier: the converter's, without the nodes that some write around it."""
-    convert = {"xgboost": _by_xgboost, "lightgbm": _by_lightgbm}.get(fitted.kind, _by_skl2onnx)
-    nodes = convert(_lowered(fitted), width).graph.node
+    nodes = _converted(fitted.kind, _lowered(fitted), width).graph.node
     (trees,) = (node for node in nodes if node.op_type == "TreeEnsembleClassifier")
     trees.input[:], trees.output[:], trees.name = ["vectors"], ["label", "probabilities"], "trees"
     if fitted.kind == "random_forest":
         _missing_ways(trees, fitted.classifier)
-    attributes = sorted(trees.attribute, key=lambda a: a.name)  # some converters keep them in a set
-    del trees.attribute[:]
-    trees.attribute.extend(attributes)
     return trees
 
 
-def _by_skl2onnx(classifier: Any, width: int) -> Any:
-    floats = extra("skl2onnx.common.data_types").FloatTensorType([None, width])
-    return extra("skl2onnx").to_onnx(
-        classifier, initial_types=[("vectors", floats)], options={"zipmap": False}, target_opset=OPSETS
-    )
-
-
-def _by_xgboost(classifier: Any, width: int) -> Any:
+def _converted(kind: str, classifier: Any, width: int) -> Any:
+    if kind in ("random_forest", "gradient_boosting"):
+        floats = extra("skl2onnx.common.data_types").FloatTensorType([None, width])
+        return extra("skl2onnx").to_onnx(
+            classifier, initial_types=[("vectors", floats)], options={"zipmap": False}, target_opset=OPSETS
+        )
     floats = extra("onnxmltools.convert.common.data_types", "boosting").FloatTensorType([None, width])
-    return extra("onnxmltools", "boosting").convert_xgboost(
+    convert = getattr(extra("onnxmltools", "boosting"), f"convert_{kind}")
+    return convert(
         classifier, initial_types=[("vectors", floats)], target_opset=15
-    )
-
-
-def _by_lightgbm(classifier: Any, width: int) -> Any:
-    floats = extra("onnxmltools.convert.common.data_types", "boosting").FloatTensorType([None, width])
-    return extra("onnxmltools", "boosting").convert_lightgbm(
-        classifier, initial_types=[("vectors", floats)], target_opset=15, zipmap=False
-    )
+    )  # the newest that it knows
 
 
 def _lowered(fitted: Fitted) -> Any:
@@ -211,20 +201,22 @@ def _lowered(fitted: Fitted) -> Any:
 
 
 def _lowered_line(match: re.Match[str]) -> str:
-    lowered = below(np.array(match[0].split(), np.float64)).astype(np.float64)
-    return " ".join(repr(float(value)) if np.isfinite(value) else "1e300" for value in lowered)
+    thresholds = np.array(match[0].split(), np.float64)
+    lowered = below(thresholds)
+    lowered[(thresholds >= -ZERO) & (thresholds < 0)] = np.nextafter(-ZERO, np.float32(-np.inf))
+    lowered[(thresholds >= 0) & (thresholds < ZERO)] = ZERO
+    lowered = lowered.astype(np.float64)
+    return " ".join(map(repr, np.clip(lowered, -1e300, 1e300).tolist()))  # for LightGBM reads no infinity
 
 
 def _missing_ways(trees: Any, forest: Any) -> None:
     """skl2onnx leaves out where a forest sends NaN."""
     given = {a.name: a for a in trees.attribute}
     ways = [tree.tree_.missing_go_to_left for tree in forest.estimators_]
-    places = zip(given["nodes_treeids"].ints, given["nodes_nodeids"].ints, strict=True)
-    flags = [int(ways[tree][node]) for tree, node in places]
-    leaves = [mode == b"LEAF" for mode in given["nodes_modes"].strings]
-    flags = [0 if leaf else flag for flag, leaf in zip(flags, leaves, strict=True)]
-    kept = [a for a in trees.attribute if a.name != "nodes_missing_value_tracks_true"]
-    del trees.attribute[:]
-    trees.attribute.extend(
-        [*kept, extra("onnx.helper").make_attribute("nodes_missing_value_tracks_true", flags)]
+    nodes = zip(
+        given["nodes_treeids"].ints, given["nodes_nodeids"].ints, given["nodes_modes"].strings, strict=True
     )
+    flags = [int(mode != b"LEAF" and ways[tree][node]) for tree, node, mode in nodes]
+    if old := given.get("nodes_missing_value_tracks_true"):
+        trees.attribute.remove(old)
+    trees.attribute.append(extra("onnx.helper").make_attribute("nodes_missing_value_tracks_true", flags))

@@ -209,6 +209,20 @@ def test_a_converter_that_errs_is_found_out(
         train(kind, data())
 
 
+def test_what_lightgbm_takes_for_zero_goes_with_zero() -> None:
+    """It puts thresholds at 1e-35 on either side of it."""
+    vectors, labels, times = data()
+    vectors[:, 0] = np.round(vectors[:, 0]) + 0.0
+    trained = train("lightgbm", (vectors, labels, times))
+    near = {float(at) for column, at in exporting.splits(trained.graph) if column == 0 and abs(at) < 1e-30}
+    tiny = np.float32(1e-35)
+    assert near == {float(np.nextafter(-tiny, np.float32(-1))), float(tiny)}
+    rows = np.repeat(vectors[:1], 6, axis=0)
+    rows[:, 0] = -1e-34, -tiny, -1e-40, 0, tiny, 1e-34
+    scores = Model(trained.graph, trained.card, SHOP).score_many(rows)
+    assert scores[0] != scores[1] == scores[2] == scores[3] == scores[4] != scores[5]
+
+
 def test_a_converter_that_fails_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*given_: Any, **more: Any) -> Any:
         raise RuntimeError("no such operator\nat all")
