@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from app import history, kafka, lifecycle, replay, session, verify
+from app import doctor, history, kafka, lifecycle, replay, session, trial, verify
 from app.datasets.network import write_network
+from app.explain import explained
 from app.local.services import Addresses
 from app.model_life import ModelLife
 from app.settings import Settings
@@ -161,7 +162,18 @@ async def test_a_reversed_payment_counts_no_more(world: Settings, addresses: Add
         await producer.stop()
         verdict, _ = await verify.check(pipeline, addresses.kafka)
         found = [decode(r.value) async for r in kafka.read_between(addresses.kafka, pipeline.predictions)]
+        pair = await explained(pipeline, addresses.kafka, "pair", "1|2", ("TIMES",))
+        rows = {row.verdict for row in await doctor.examine(world, pipeline)}
+        tried = await trial.try_topic(addresses.kafka, pipeline)
     assert (verdict.events, verdict.lost, verdict.doubled, verdict.differing) == (3, 0, 0, 0)
+    (times,) = pair.features
+    assert [event.id for event in times.now.events] == [1, 2] and times.now.value == 2
+    assert pair.prediction is not None and pair.prediction.differing == []
+    assert "wrong" not in rows
+    assert [(t.source, t.records, sum(t.refused.values())) for t in tried.trials] == [
+        ("topic bank-reversed.payments", 3, 0), ("topic bank-reversed.logins", 0, 0),
+        ("topic bank-reversed.labels", 0, 0), ("topic bank-reversed.reversals", 1, 0),
+    ]  # fmt: skip
     assert {p.id: (p.features["SPENT"], p.features["TIMES"]) for p in found} == {
         0: (100, 1), 1: (120, 2), 2: (23, 2),
     }  # fmt: skip
