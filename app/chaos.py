@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -108,6 +108,16 @@ def run(
     if not quiet:
         _show(summary)
     return summary
+
+
+async def together(*work: Coroutine[Any, Any, Any]) -> None:
+    """Do all of it at once. Where one fails the others end, and its error is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for each in work:
+                group.create_task(each)
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
 
 
 def _load(
@@ -209,11 +219,8 @@ class Run:
         with Live(get_renderable=self._line, console=self._console, refresh_per_second=2, transient=True):
             async with reader.reading():
                 self._began = time.time()
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(
-                        replay.publish(self._load.tape, pipeline, address, self._summary.rate, self._count)
-                    )
-                    group.create_task(self._faults(acts))
+                load = replay.publish(self._load.tape, pipeline, address, self._summary.rate, self._count)
+                await together(load, self._faults(acts))
                 ended = time.time()
                 await self._complete()
                 await self._settled()

@@ -1,5 +1,6 @@
 """The judgement of a chaos run finds what is planted; the schedule and the load are those of their seed."""
 
+import asyncio
 from collections import Counter
 from dataclasses import replace
 
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from app import audit, faults, replay, traffic, verify
-from app.chaos import outages
+from app.chaos import outages, together
+from models.errors import HeadraceError
 from models.events import EventDecoder
 from models.history import History
 from models.partitions import partition_of
@@ -229,3 +231,20 @@ def test_an_event_that_comes_twice_is_known_still(pipeline: Pipeline) -> None:
         newest = max(newest, first_seen[value])
     assert len(apart) == load.kinds["doubled"] + load.kinds["doubled much later"]
     assert max(apart) < pipeline.entities[0].retention
+
+
+async def test_what_fails_beside_other_work_is_told_as_it_is() -> None:
+    ended: list[str] = []
+
+    async def fails() -> None:
+        raise HeadraceError("The broker is away.")
+
+    async def waits() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("waits")
+
+    with pytest.raises(HeadraceError, match=r"^The broker is away\.$"):
+        await together(waits(), fails())
+    assert ended == ["waits"]
