@@ -18,6 +18,7 @@ import numpy as np
 
 from models import cards, evaluation, exporting, figures
 from models.estimators import Fitted, Rounded, fit
+from models.histograms import Histograms, histograms_of
 from models.model_files import ModelFile
 from models.pipeline import Pipeline
 from models.scoring import TOLERANCE, Card, Model, ModelError
@@ -34,11 +35,13 @@ _Say = Callable[[str], None]
 @dataclass(frozen=True)
 class Trained:
     """report: figures by name, among them the card's metrics and `split` (ms: when the test begins), and under
-    `decisions`, `days`, `folds`, `plots` and `importance` what has parts; good for JSON."""
+    `decisions`, `days`, `folds`, `plots` and `importance` what has parts; good for JSON. histograms: of the events
+    trained on."""
 
     graph: bytes
     card: Card
     report: dict[str, Any]
+    histograms: Histograms
 
 
 def train(
@@ -107,7 +110,9 @@ def train(
         "plots": evaluation.plots(labels[split.counted], scores[split.counted]),
         "importance": figures.importance(pipeline, model, worker, examples, split.counted),
     }
-    return Trained(graph, card, report)
+    return Trained(
+        graph, card, report, histograms_of(pipeline.vector, examples.vectors[early], scores[early])
+    )
 
 
 def _telling(worker: Model, planted: Rounded) -> Rounded:

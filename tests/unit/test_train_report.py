@@ -2,6 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ET
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from app import train_report
 from app.cli import main
 from models.figures import FIGURES
+from models.histograms import Histograms
 from tests.unit.test_training import DAY, MODEL, SHOP, START, TEXT, data, train
 
 
@@ -75,6 +77,13 @@ def test_the_command_trains_by_a_model_file_and_leaves_its_report(
     folder = Path(report["path"])
     stored = msgspec.json.decode((folder / "report.json").read_bytes())
     assert stored == {k: v for k, v in report.items() if k not in ("champion", "path", "seconds")}
+    spread = msgspec.json.decode((folder / "histograms.json").read_bytes(), type=Histograms)
+    assert list(spread.features) == list(SHOP.vector)
+    counted = {sum(h.counts) + h.missing for h in (*spread.features.values(), spread.score)}
+    assert counted == {report["rows"]}
+    manifest = msgspec.json.decode((folder / "manifest.json").read_bytes())
+    assert manifest["features"]["sha256"] == sha256((tmp_path / "f.parquet").read_bytes()).hexdigest()
+    assert (manifest["definition"], manifest["events"]["rows"]) == (SHOP.definition, 6_000)
     assert (folder / "report.html").read_text() == train_report.page(stored)
     shown = CliRunner().invoke(main, call)
     assert shown.exit_code == 0
