@@ -4,7 +4,7 @@
 BIN := .venv/bin
 STAMP := .venv/.set-up
 # Tests of whole workers and of stores, which run the kernel often and cover no line of models that others do not.
-BEYOND := $(addprefix --ignore=tests/unit/test_,exactness.py crashes.py homes.py checkpoints.py assignor.py membership.py)
+BEYOND := $(addprefix --ignore=tests/unit/test_,exactness.py routed.py crashes.py homes.py checkpoints.py assignor.py membership.py)
 
 .PHONY: help setup demo test coverage lint format unit bench chaos up down lock clean
 

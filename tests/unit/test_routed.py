@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,6 +28,7 @@ from models.events import Batch, EventDecoder, LabelDecoder, key_bytes, streams_
 from models.fields import joined
 from models.filters import Filters
 from models.history import fold_entity
+from models.partitions import partition_of
 from models.pipeline import parse
 from models.predictions import decode, identity
 from models.records import writers
@@ -63,9 +65,20 @@ ROUTED = parse(
 )
 START = 1_599_000_000_000
 CUSTOMERS = range(4)
+
+
+def home(customer: int, name: str) -> tuple[int, int]:
+    """The partitions of the two logs that an order goes through."""
+    pair = joined([customer, name]) or ""
+    return partition_of(key_bytes(customer), PARTITIONS), partition_of(key_bytes(pair), PARTITIONS)
+
+
+# From each partition of the first log to each of the second, an order: what was lost is noticed behind it.
+LAST = list({home(c, name): (c, name) for c, name in product(range(10, 40), "xyz")}.values())
+_PAIRS = [*product(CUSTOMERS, ("a", "b", "b|c")), *LAST]
 KEYS = [
-    [str(c).encode() for c in CUSTOMERS],
-    [key_bytes(joined([c, name]) or "") for c in CUSTOMERS for name in ("a", "b", "b|c")],
+    [key_bytes(c) for c in dict.fromkeys(c for c, _ in _PAIRS)],
+    [key_bytes(joined([c, name]) or "") for c, name in _PAIRS],
 ]
 
 
@@ -193,9 +206,8 @@ def _folded(number: int, batch: Batch) -> tuple[Floats, Any]:
 
 async def outcome(world: World, steps: Sequence[Step]) -> list[str]:
     await world.run(steps)
-    last = [bought(1000 + p, p, "a", 300, p)[1:] for p in range(PARTITIONS)]
-    last += [logged(1000 + p, 3 - p, 1, 300, p)[1:] for p in range(PARTITIONS)]
-    await world.rest(last)
+    assert len(LAST) == PARTITIONS**2
+    await world.rest([bought(1000 + i, c, name, 300, 0)[1:] for i, (c, name) in enumerate(LAST)])
     found = findings(world.broker)
     unstopped = world.unstopped()
     found += compared("in the last owner's store", world.stored(KEYS), unstopped)
