@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.pipeline import Pipeline
-from models.scoring import Model
+from models.scoring import Model, Scores
 from models.windows import Floats, Ints
 
 Mask = npt.NDArray[np.bool_]
@@ -55,11 +55,10 @@ class PredictionEncoder:
         self._encode = msgspec.json.Encoder().encode
 
     def encode(
-        self, ids: list[int | str], streams: Ints, times: Ints, vectors: Floats, late: Mask, degraded: Mask,
-        model: Model, partitions: Ints, offsets: Ints,
+        self, ids: list[int | str], streams: Ints, times: Ints, vectors: Floats, scores: Scores, late: Mask,
+        degraded: Mask, model: Model, partitions: Ints, offsets: Ints,
     ) -> list[bytes]:  # fmt: skip
-        """Score and encode n events. NaN becomes null. streams: (n,) numbers; late, degraded: (n,)."""
-        scores = model.score_many(vectors)
+        """Encode n events with the model's scores. NaN becomes null. streams: (n,) numbers; late, degraded: (n,)."""
         decisions = model.decide(scores)
         card, definition = model.card, self.pipeline.definition
         prediction, features, encode, names = self._prediction, self._features, self._encode, self._streams

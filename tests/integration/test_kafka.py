@@ -24,7 +24,7 @@ async def test_topics_have_explicit_partitions_and_retention(addresses: Addresse
     made = await kafka.create_topics(addresses.kafka, mine, 3, 1)
     assert set(made) == {
         "kafka-topics.transactions", "kafka-topics.terminal.log", "kafka-topics.labels",
-        "kafka-topics.predictions", "kafka-topics.dead-letters", "kafka-topics.control",
+        "kafka-topics.predictions", "kafka-topics.shadow", "kafka-topics.dead-letters", "kafka-topics.control",
     }  # fmt: skip
     assert await kafka.create_topics(addresses.kafka, mine, 3, 1) == []
     assert await kafka.checked_partitions(addresses.kafka, mine) == dict.fromkeys(made, 3) | {mine.control: 1}

@@ -138,7 +138,7 @@ async def test_what_is_not_fit_is_refused_wherever_it_is_promoted(
     here.registry.point(name, CHAMPION, version)  # as one can in MLflow's own pages
     await serving.look()
     assert serving.models[CHAMPION].card.version == "good"
-    assert (serving.refused and serving.refused.version, serving.refusals) == (version, {reason: 1})
+    assert (serving.refused[CHAMPION].version, serving.refusals) == (version, {reason: 1})
     assert here.examined(version)["reason"] == reason
     # A worker that starts now scores with the last one that passed on its machine.
     again = Serving(life(mlflow, tmp_path / "worker", name), 0.1, told.append)

@@ -56,7 +56,7 @@ def test_a_version_from_its_promotion_to_the_archive(folder: ModelFolder) -> Non
 def test_what_cannot_be_done_is_told_in_a_sentence(folder: ModelFolder) -> None:
     for words, sentence in (
         (("rollback",), "No champion of shop is known before this one"),
-        (("archive", FIRST), "is the champion; promote another first"),
+        (("archive", FIRST), "is the champion; promote another, or withdraw it, first"),
         (("promote", "third"), "There is no version third of shop"),
         (("show", "third"), "There is no version third of shop"),
     ):

@@ -89,13 +89,12 @@ async def test_what_is_refused_is_named_once_and_the_old_one_scores_on(
     monkeypatch.undo()
     assert world.scores == FIRST
     assert world.serving.refusals == {reason: 1}
-    refused = world.serving.refused
-    assert refused is not None
+    refused = world.serving.refused[CHAMPION]
     assert (refused.version, refused.reason) == ("bad", reason)
     assert len([told for told in world.told if "bad" in told and f"model {FIRST} scores on" in told]) == 1
     world.point("second")
     await world.serving.look()
-    assert (world.scores, world.serving.refused) == ("second", None)
+    assert (world.scores, world.serving.refused) == ("second", {})
 
 
 async def test_what_was_refused_gets_another_chance(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +108,7 @@ async def test_what_was_refused_gets_another_chance(world: World, monkeypatch: p
     assert world.scores == FIRST
     monkeypatch.setattr(serving, "AGAIN_S", 0.0)
     await world.serving.look()
-    assert (world.scores, world.serving.refused, world.serving.refusals) == ("second", None, {"damaged": 1})
+    assert (world.scores, world.serving.refused, world.serving.refusals) == ("second", {}, {"damaged": 1})
 
 
 async def test_without_a_model_it_says_why(tmp_path: Any) -> None:
@@ -174,7 +173,7 @@ def test_rollback_goes_to_the_champion_before_and_back(world: World) -> None:
 
 
 def test_what_is_archived_is_promoted_no_more(world: World) -> None:
-    with pytest.raises(NotPromoted, match="is the champion; promote another first"):
+    with pytest.raises(NotPromoted, match="is the champion; promote another, or withdraw it, first"):
         world.life.archive(FIRST)
     world.life.archive("second")
     with pytest.raises(NotPromoted, match="second is archived"):
