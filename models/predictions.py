@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -96,7 +96,16 @@ class Prediction(msgspec.Struct):
     stream: str | None = None
 
 
-def identity(pipeline: Pipeline, prediction: Prediction) -> int:
+class OfEvent(Protocol):
+    """A prediction, or what else is said of an event."""
+
+    @property
+    def id(self) -> int | str: ...
+    @property
+    def stream(self) -> str | None: ...
+
+
+def identity(pipeline: Pipeline, prediction: OfEvent) -> int:
     """The 64-bit id of the event that it is of."""
     for stream in pipeline.streams:
         if stream.name == prediction.stream:
