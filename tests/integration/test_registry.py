@@ -91,6 +91,8 @@ def test_aliases_go_and_come_back(mlflow: str, tmp_path: Path) -> None:
     here.promote("two", "challenger-2")
     here.promote("two")
     assert here.aliases() == {CHAMPION: "two", PREVIOUS: "one", "challenger-2": "two"}
+    assert here.withdraw("challenger-2") == "two"
+    assert here.aliases() == {CHAMPION: "two", PREVIOUS: "one"}
     assert here.rollback() == "one"
     assert here.aliases()[CHAMPION] == "one"
     with pytest.raises(RegistryError, match="no version three of aliases"):
