@@ -19,6 +19,7 @@ from agents import shadow as module
 from agents.outbox import Outbox
 from agents.shadow import Shadow
 from app import verify
+from app.worker import Partitions
 from models import shadows
 from models.pipeline import find
 from models.predictions import Origin, decode
@@ -289,3 +290,12 @@ def test_a_crash_behind_the_predictions_leaves_some_without_a_shadow(
     steps = [("start", 0, OLD), *ORDERS, *folded(0), ("crash", 0, 0, [simulation.ARRIVED], OLD)]
     found, predictions, shadows_ = lived(tmp_path, steps, monkeypatch)
     assert (found, 0 < shadows_ < predictions) == ([], True)
+
+
+def test_a_challenger_alone_does_not_let_the_last_log_be_read() -> None:
+    serving: Any = SimpleNamespace(models={"challenger-x": Other()})
+    worker: Any = SimpleNamespace(pipeline=SHOP, in_step=None, serving=serving)
+    partitions = Partitions(worker, "")
+    assert partitions.held_back == SHOP.entities[-1].log
+    serving.models["champion"] = simulation.Score()
+    assert partitions.held_back is None
