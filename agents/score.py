@@ -11,6 +11,7 @@ from models.events import given_ids, streams_of
 from models.pipeline import Pipeline
 from models.predictions import PredictionEncoder
 from models.scoring import Model
+from models.shadows import Predicted
 from models.vectors import Vectors
 from models.windows import DUPLICATE, EVENT, LATE, TOO_LATE
 from tables.model_folder import CHAMPION
@@ -29,11 +30,13 @@ class Score:
         models: Mapping[str, Model],
         outbox: Outbox,
         reject: Reject,
+        shadow: Callable[[Predicted], None],
     ) -> None:
-        """models: by alias; they may be exchanged between two micro-batches."""
+        """models: by alias; they may be exchanged between two micro-batches. shadow: gets what was predicted."""
         self._log = pipeline.entities[-1].log
         self._topic = pipeline.predictions
         self._profiles, self._models, self._outbox, self._reject = profiles, models, outbox, reject
+        self._shadow = shadow
         self._vectors = Vectors(pipeline)
         self._encoder = PredictionEncoder(pipeline)
         self._ids = given_ids(pipeline)
@@ -61,12 +64,18 @@ class Score:
         logs, outcomes = applied.logs[on], applied.outcomes[on]
         features = np.hstack([events.features, applied.features[on]])
         vectors = self._vectors.of(events.fields, features)
-        ids = self._ids(events)
+        ids, streams, offsets = self._ids(events), streams_of(self._pipeline, events), applied.offsets[on]
+        model = self._models[CHAMPION]
+        scores = model.score_many(vectors)
         values = self._encoder.encode(
-            ids, streams_of(self._pipeline, events), events.times, vectors, (outcomes == LATE) | (outcomes == TOO_LATE),
-            applied.degraded[on], self._models[CHAMPION], logs, applied.offsets[on],
+            ids, streams, events.times, vectors, scores, (outcomes == LATE) | (outcomes == TOO_LATE),
+            applied.degraded[on], model, logs, offsets,
         )  # fmt: skip
         # 3. predictions go to the partition of the log's number, so one number drops all doubles
         keys = [str(i).encode() for i in ids]
         self._outbox.put_many(self._topic, logs.tolist(), keys, values)
         self.predicted += len(events)
+        # 4. and challengers may score them, too
+        self._shadow(
+            Predicted(ids, streams, events.times, vectors, logs, offsets, model.card.version, scores)
+        )

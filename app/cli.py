@@ -511,7 +511,7 @@ def _flat(found: dict[str, Any], of: str = "") -> list[tuple[str, Any]]:
     "--alias", default="champion", show_default=True, metavar="NAME", help="champion, or challenger-NAME."
 )
 def models_promote(version: str, name: str, alias: str) -> None:
-    """Let workers score with a version, if it passes their gate. They change within 5 s."""
+    """Let workers score with a version, or in the shadow, if it passes their gate. They change within 5 s."""
     _life(_settings(), name).promote(version, alias)
     click.echo(f"{version} is the {alias} of {name}")
 
@@ -521,6 +521,55 @@ def models_promote(version: str, name: str, alias: str) -> None:
 def models_rollback(name: str) -> None:
     """Make the champion before the champion again; a second time undoes it."""
     click.echo(f"{_life(_settings(), name).rollback()} is the champion of {name}")
+
+
+@models.command("withdraw", epilog="Example: headrace models withdraw challenger-deep --pipeline card-fraud")
+@click.argument("alias")
+@_MODEL
+def models_withdraw(alias: str, name: str) -> None:
+    """End a challenger's time in the shadow. Its version stays."""
+    click.echo(f"{_life(_settings(), name).withdraw(alias)} is no {alias} of {name} any more")
+
+
+@models.command("compare", epilog="Example: headrace models compare champion challenger-deep -p card-fraud")
+@click.argument("versions", nargs=-1, metavar="[A B]")
+@_pipeline_options
+@click.option("--from", "since", metavar="DAY", help="The first day of the events.")
+@click.option("--to", "until", metavar="DAY", help="The day after the last.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def models_compare(
+    versions: tuple[str, ...],
+    name: str,
+    alias: str | None,
+    since: str | None,
+    until: str | None,
+    as_json: bool,
+) -> None:
+    """Compare two versions or aliases on the events that both have scored, or all, each on its own.
+
+    Exit 2 where there is nothing to compare.
+    """
+    import math
+
+    import msgspec
+
+    from app import comparison
+    from app.history import instant
+    from app.local import services
+
+    if len(versions) not in (0, 2):
+        raise click.UsageError("Name two versions, or none.")
+    settings = _settings()
+    found = asyncio.run(
+        comparison.compared(
+            _life(settings, name, alias), services.addresses(settings).kafka, versions,
+            instant(since) if since else -math.inf, instant(until) if until else math.inf,
+        )
+    )  # fmt: skip
+    if as_json:
+        click.echo(msgspec.json.encode(found))
+    else:
+        comparison.show(found)
 
 
 @models.command("archive", epilog="Example: headrace models archive 0d5a4a3e77c1 --pipeline card-fraud")

@@ -100,12 +100,13 @@ def topics(
             rows.append(Row("topics", name, "wrong", "does not exist", f"run `{create}`"))
         else:
             rows += _kept(name, keep, configs.get(name, {}))
-    last, out = pipeline.entities[-1].log, pipeline.predictions
-    if counts[last] and counts[out] and counts[last] != counts[out]:
-        rows.append(Row(
-            "topics", out, "wrong", f"has {counts[out]} partitions, and {last} has {counts[last]}",
-            "make them equal in a new instance (--as): no worker runs on these",
-        ))  # fmt: skip
+    last = pipeline.entities[-1].log
+    for out in (pipeline.predictions, pipeline.shadow):
+        if counts[last] and counts[out] and counts[last] != counts[out]:
+            rows.append(Row(
+                "topics", out, "wrong", f"has {counts[out]} partitions, and {last} has {counts[last]}",
+                "make them equal in a new instance (--as): no worker runs on these",
+            ))  # fmt: skip
     most = max(counts.values())
     return rows or ok("topics", f"{len(counts)} topics, {most} partitions, kept for long enough")
 

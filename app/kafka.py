@@ -123,6 +123,7 @@ def wanted_topics(pipeline: Pipeline) -> dict[str, int | None]:
     return {
         **dict.fromkeys(kept, reach),
         pipeline.predictions: OUTPUT_MS,
+        pipeline.shadow: OUTPUT_MS,
         pipeline.dead_letters: OUTPUT_MS,
         pipeline.control: None,
     }
@@ -273,11 +274,12 @@ async def checked_partitions(address: str, pipeline: Pipeline) -> dict[str, int]
             f"{alias}`."
         )
     last = pipeline.entities[-1].log
-    if counts[last] != counts[pipeline.predictions]:
-        raise TopicsWrong(
-            f"{pipeline.predictions} has {counts[pipeline.predictions]} partitions and {last} has {counts[last]}; "
-            "a prediction goes to the partition of its log's number, so make them equal."
-        )
+    for topic in (pipeline.predictions, pipeline.shadow):
+        if counts[last] != counts[topic]:
+            raise TopicsWrong(
+                f"{topic} has {counts[topic]} partitions and {last} has {counts[last]}; "
+                "a prediction goes to the partition of its log's number, so make them equal."
+            )
     return counts
 
 

@@ -10,6 +10,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tables.model_folder import CHAMPION
+
 if TYPE_CHECKING:
     from app.serving import Serving
     from app.worker import Worker
@@ -57,8 +59,15 @@ CHECKPOINT_FAILURES: _Family = ("headrace_checkpoint_failures", "Checkpoints tha
 MODEL: _Family = ("headrace_model", "The model that scores", ["pipeline", "version", "definition"])
 REFUSED: _Family = ("headrace_model_refused", "Versions that were refused", ["reason"])
 REFUSED_VERSION: _Family = (
-    "headrace_model_refused_version", "The version that is to score, but is refused", ["version", "reason"],
+    "headrace_model_refused_version", "Versions that are to score, but are refused", ["version", "reason"],
 )  # fmt: skip
+CHALLENGER: _Family = (
+    "headrace_challenger",
+    "1 for each model that scores in the shadow",
+    ["alias", "version"],
+)
+SHADOWS: _Family = ("headrace_shadows", "Records of challengers that Kafka has taken", [])
+SHADOWS_MISSED: _Family = ("headrace_shadows_missed", "Predictions that challengers were too late for", [])
 REGISTRY_UP: _Family = ("headrace_registry_up", "1 while the registry of models answers", [])
 
 
@@ -90,6 +99,8 @@ class WorkerCollector(Collector):
             routed.add_metric([topic], route.routed)
         yield from (records, profiles, sizes, loaded, evicted, skews, positions, held)
         yield from _of_models(worker.serving)
+        yield CounterMetricFamily(*SHADOWS[:2], value=worker.shadow.sent)
+        yield CounterMetricFamily(*SHADOWS_MISSED[:2], value=worker.shadow.missed)
         yield CounterMetricFamily(*REBALANCES[:2], value=worker.partitions.rebalances)
         yield CounterMetricFamily(*PREDICTIONS[:2], value=worker.score.predicted)
         yield routed
@@ -111,14 +122,18 @@ class WorkerCollector(Collector):
 
 def _of_models(serving: Serving) -> Iterator[Metric]:
     model, refused = GaugeMetricFamily(*_of(MODEL)), CounterMetricFamily(*_of(REFUSED))
-    for card in (m.card for m in serving.models.values()):
-        model.add_metric([card.pipeline, card.version, card.definition], 1)
+    challenger = GaugeMetricFamily(*_of(CHALLENGER))
+    for alias, card in [(alias, m.card) for alias, m in serving.models.items()]:
+        if alias == CHAMPION:
+            model.add_metric([card.pipeline, card.version, card.definition], 1)
+        else:
+            challenger.add_metric([alias, card.version], 1)
     for reason, count in serving.refusals.items():
         refused.add_metric([reason], count)
     named = GaugeMetricFamily(*_of(REFUSED_VERSION))
-    if serving.refused is not None:
-        named.add_metric([serving.refused.version, serving.refused.reason], 1)
-    yield from (model, refused, named)
+    for version, why in sorted({(r.version, r.reason) for r in serving.refused.values()}):
+        named.add_metric([version, why], 1)
+    yield from (model, challenger, refused, named)
     yield GaugeMetricFamily(*REGISTRY_UP[:2], value=serving.away is None)
 
 

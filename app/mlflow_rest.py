@@ -44,6 +44,9 @@ class Rest:
     def post(self, path: str, gives: str | None = None, /, **fields: Any) -> dict[str, Any]:
         return self._call("POST", path, msgspec.json.encode(fields), gives)
 
+    def delete(self, path: str, /, **fields: str) -> None:
+        self._call("DELETE", path, msgspec.json.encode(fields), None)
+
     def upload(self, uri: str, file: str, content: bytes) -> None:
         """Give the server a file of a run, whose artifacts are at `uri`."""
         self._request("PUT", self._artifact(uri, file), content, "application/octet-stream", LARGEST_ANSWER)

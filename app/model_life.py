@@ -108,11 +108,22 @@ class ModelLife:
         self.registry.point(name, PREVIOUS, champion)
         return previous
 
+    def withdraw(self, alias: str) -> str:
+        """End a challenger's time in the shadow. Returns its version, which stays."""
+        name, aliases = self.pipeline.name, self.aliases()
+        if not alias.startswith(CHALLENGER) or alias not in aliases:
+            known = ", ".join(a for a in aliases if a.startswith(CHALLENGER)) or "none"
+            raise NotPromoted(f"{name} has no challenger {alias}; it has {known}.")
+        self.registry.unpoint(name, alias)
+        return aliases[alias]
+
     def archive(self, version: str) -> None:
         """Put a version away that no alias names: it is promoted no more."""
         in_use = [alias for alias, named in self.aliases().items() if named == version]
         if in_use:
-            raise NotPromoted(f"The version {version} is the {in_use[0]}; promote another first.")
+            raise NotPromoted(
+                f"The version {version} is the {in_use[0]}; promote another, or withdraw it, first."
+            )
         self._find(version)
         self.registry.archive(self.pipeline.name, version)
 

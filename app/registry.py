@@ -51,6 +51,7 @@ class Registry(Protocol):
     def publish(self, name: str, version: str, /) -> None: ...
     def fetch(self, name: str, version: str, /) -> None: ...
     def point(self, name: str, alias: str, version: str, /) -> None: ...
+    def unpoint(self, name: str, alias: str, /) -> None: ...
     def archive(self, name: str, version: str, /) -> None: ...
 
 
@@ -130,6 +131,10 @@ class Mlflow:
         """Let an alias name a version."""
         number = self._number(name, version)
         self._rest.post("registered-models/alias", name=name, alias=alias, version=number)
+
+    def unpoint(self, name: str, alias: str) -> None:
+        """Let an alias name nothing."""
+        self._rest.delete("registered-models/alias", name=name, alias=alias)
 
     def archive(self, name: str, version: str) -> None:
         """Put a version away. It stays in MLflow, with a tag."""

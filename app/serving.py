@@ -1,15 +1,16 @@
-"""Which model a worker scores with: it follows the champion, and changes between two micro-batches."""
+"""Which models a worker scores with: it follows the champion and the challengers, between two micro-batches."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from app.errors import RegistryError
-from app.model_life import ModelLife
+from app.model_life import CHALLENGER, ModelLife
 from models.scoring import Model, ModelError, Reason, Refused
 from tables.model_folder import CHAMPION
 
@@ -26,29 +27,31 @@ class Refusal:
 
 
 class Serving:
-    """models: by alias, what `agents.score` reads once per micro-batch. refused: the version that is to
-    score but is not fit to, while the one before it scores. away: why the registry cannot be asked."""
+    """models: by alias, what agents.score and agents.shadow read once per micro-batch. refused: by alias, versions that
+    are to score but are not fit to; the champion before goes on, a challenger does not. away: why the registry cannot
+    be asked."""
 
     def __init__(self, life: ModelLife, every_s: float, tell: Callable[[str], None]) -> None:
         """tell: a sentence to who watches the worker."""
         self._life, self._every_s, self._tell = life, every_s, tell
+        self._named: dict[str, str] = {}  # version by alias, as the registry said last
         self.models: dict[str, Model] = {}
         self.refusals: Counter[Reason] = Counter()
-        self.refused: Refusal | None = None
+        self.refused: dict[str, Refusal] = {}
         self.away: str | None = None
 
     @property
     def shown(self) -> str:
         """The model that scores, in two words."""
-        return f"model {self.models[CHAMPION].card.version}" if self.models else "no model"
+        return f"model {self.models[CHAMPION].card.version}" if CHAMPION in self.models else "no model"
 
     @property
     def why(self) -> str:
         """Why nothing is scored, and what to do."""
         name = self._life.pipeline.name
         reason = (
-            self.refused.sentence
-            if self.refused
+            self.refused[CHAMPION].sentence
+            if CHAMPION in self.refused
             else f"No model of {name} is the champion; run `headrace train --pipeline {name}`, or promote a version."
         )
         return f"{self.away} {reason}" if self.away else reason
@@ -56,6 +59,7 @@ class Serving:
     async def run(self) -> None:
         """Look for ever."""
         while True:
+            await self.look_at_challengers()
             await asyncio.sleep(self._every_s)
             await self.look()
 
@@ -66,6 +70,33 @@ class Serving:
             self.models[CHAMPION] = model
             self._tell(f"{self._life.pipeline.name}: {self.shown} scores from now on")
 
+    async def look_at_challengers(self) -> None:
+        """Likewise of those that the last look at the aliases found; who is named no more stops."""
+        named = {alias: v for alias, v in self._named.items() if alias.startswith(CHALLENGER)}
+        for alias in (self.models.keys() | self.refused.keys()) - named.keys() - {CHAMPION}:
+            self.refused.pop(alias, None)
+            if self.models.pop(alias, None) is not None:
+                self._tell(f"{self._life.pipeline.name}: {alias} scores no more")
+        for alias, version in named.items():
+            model = await asyncio.to_thread(self._challenger, alias, version)
+            if model is not None:
+                self.models[alias] = model
+                self._tell(
+                    f"{self._life.pipeline.name}: {alias}, {version}, scores in the shadow from now on"
+                )
+            elif alias in self.refused:  # the one before it is not what the alias names
+                self.models.pop(alias, None)
+
+    def drop(self, alias: str, version: str, error: Exception) -> None:
+        """A challenger failed to score: it stops until its alias names another version."""
+        current = self.models.get(alias)
+        if current is None or current.card.version != version:
+            return
+        del self.models[alias]
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        sentence = f"The model {version} failed to score ({first}); train another, or withdraw {alias}."
+        self._refuse(alias, Refusal(version, "failed", sentence, math.inf))  # never again
+
     # --- in a thread -----------------------------------------------------------------------------
 
     def _found(self) -> Model | None:
@@ -73,7 +104,9 @@ class Serving:
         registry, name = self._life.registry, self._life.pipeline.name
         model = None
         try:
-            model = self._new(self._life.aliases().get(CHAMPION))
+            self._named = self._life.aliases()
+            if CHAMPION in self._named:
+                model = self._new(CHAMPION, self._named[CHAMPION])
             self._answers()
             if model is not None and registry.folder is not registry:  # what is known with the registry away
                 registry.folder.point(name, CHAMPION, model.card.version)
@@ -83,25 +116,30 @@ class Serving:
             self._silent(
                 f"The models in {registry.folder.root} cannot be read or written ({error}); mend that."
             )
-        return model if model is not None or self.models else self._kept()
+        return model if model is not None or CHAMPION in self.models else self._kept()
 
-    def _new(self, version: str | None) -> Model | None:
+    def _challenger(self, alias: str, version: str) -> Model | None:
+        """A challenger to change to, if any. What keeps it from being loaded is told by the next look."""
+        try:
+            return self._new(alias, version)
+        except (RegistryError, ModelError, OSError):
+            return None
+
+    def _new(self, alias: str, version: str) -> Model | None:
         """Load what the alias names, unless it scores already or was refused lately. Raises RegistryError."""
-        current = self.models.get(CHAMPION)
-        if version is None:
-            return None
+        current = self.models.get(alias)
         if current is not None and current.card.version == version:
-            self.refused = None
+            self.refused.pop(alias, None)
             return None
-        refused, now = self.refused, time.monotonic()
+        refused, now = self.refused.get(alias), time.monotonic()
         if refused is not None and refused.version == version and now < refused.at + AGAIN_S:
             return None
         try:
             model = self._life.load(version)
         except ModelError as error:
-            self._refuse(version, error, now)
+            self._refuse(alias, _refusal(version, error, now))
             return None
-        self.refused = None
+        self.refused.pop(alias, None)
         return model
 
     def _kept(self) -> Model | None:
@@ -111,23 +149,26 @@ class Serving:
             version = folder.aliases(pipeline.name).get(CHAMPION)
         except ModelError:  # told before, where the folder is all there is
             return None
-        if version is None or (self.refused is not None and self.refused.version == version):
+        refused = self.refused.get(CHAMPION)
+        if version is None or (refused is not None and refused.version == version):
             return None
         try:
             return folder.load(pipeline, version)
         except ModelError as error:
-            if self.refused is None:
-                self._refuse(version, error, time.monotonic())
+            if refused is None:
+                self._refuse(CHAMPION, _refusal(version, error, time.monotonic()))
             return None
 
-    def _refuse(self, version: str, error: ModelError, now: float) -> None:
-        reason: Reason = error.reason if isinstance(error, Refused) else "damaged"
-        known = self.refused is not None and self.refused.version == version
-        self.refused = Refusal(version, reason, str(error), now)
-        if not known:
-            self.refusals[reason] += 1
-            goes_on = f"{self.shown} scores on" if self.models else "nothing is scored"
-            self._tell(f"{self._life.pipeline.name}: {goes_on}. {error}")
+    def _refuse(self, alias: str, refusal: Refusal) -> None:
+        before = self.refused.get(alias)
+        self.refused[alias] = refusal
+        if before is not None and before.version == refusal.version:
+            return
+        self.refusals[refusal.reason] += 1
+        goes_on = f"{self.shown} scores on" if CHAMPION in self.models else "nothing is scored"
+        if alias != CHAMPION:
+            goes_on = f"{alias} does not score"
+        self._tell(f"{self._life.pipeline.name}: {goes_on}. {refusal.sentence}")
 
     def _answers(self) -> None:
         if self.away is not None:
@@ -138,3 +179,8 @@ class Serving:
         if self.away is None:
             self._tell(f"{why} The last champion that is known here scores meanwhile.")
         self.away = why
+
+
+def _refusal(version: str, error: ModelError, now: float) -> Refusal:
+    reason: Reason = error.reason if isinstance(error, Refused) else "damaged"
+    return Refusal(version, reason, str(error), now)

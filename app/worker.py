@@ -30,6 +30,7 @@ from agents.mirror import MirrorAgent
 from agents.outbox import Outbox
 from agents.route import Route, routes
 from agents.score import Score
+from agents.shadow import Shadow
 from agents.stage import Stage
 from app import checkpoints, faust_batches, kafka, metrics
 from app.api.server import create_api, serve
@@ -56,6 +57,7 @@ QUEUED_POLLS = 2  # decoded work never waits long behind a rebalance
 HAND_OVER_S = 10.0  # for a flush of what was folded; the group waits somewhat longer
 SILENT_MS = 5000  # Kafka acknowledges in some, and in a rebalance of its own in a thousand
 MIRROR_S = 2.0  # for what the mirror has yet to take then
+SHADOW_S = 1.0  # and, at the end, for what challengers have yet to score
 STOP_S = 30.0
 TAKE_S = 600.0  # a checkpoint of some GB is restored by then; who hangs for longer is better started anew
 
@@ -87,7 +89,7 @@ class Partitions:
     def held_back(self) -> str | None:
         """The log that nobody can score yet: it is not read, for what was folded passes unscored."""
         worker = self._worker
-        return None if worker.serving.models else worker.pipeline.entities[-1].log
+        return None if CHAMPION in worker.serving.models else worker.pipeline.entities[-1].log
 
     async def take(
         self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer
@@ -263,9 +265,11 @@ class Worker:
         )
         # Made when the loop runs, by `start`.
         self.producer: Producer
+        self.shadow_producer: Producer
         self.outbox: Outbox
         self.control: Control
         self.score: Score
+        self.shadow: Shadow
         self.routes: dict[str, Route] = {}
         self.flush: Flush
 
@@ -302,6 +306,9 @@ class Worker:
         pipeline = self.pipeline
         self.producer = Producer(self.address, f"headrace-{pipeline.instance}", self.settings.delivery)
         await self.producer.start(kafka.wanted_topics(pipeline))
+        # Of its own, for a broker takes one request of a producer at a time: no prediction waits behind a shadow.
+        self.shadow_producer = Producer(self.address)
+        await self.shadow_producer.start([pipeline.shadow])
         self.wire()
         self.control = Control(
             self.address, pipeline.control, self.in_step, self.stages, self.outbox,
@@ -311,6 +318,7 @@ class Worker:
             stage.warm()
         await self.serving.look()
         self._background(self.serving.run())
+        self._background(self.shadow.run())
         self._background(self.control.listen())
         self._background(self.control.tell_lows())
         self._background(self.control.tell_missing())
@@ -330,7 +338,12 @@ class Worker:
         """Make what lies between the logs and the producer, which is there by now."""
         pipeline = self.pipeline
         self.outbox = Outbox(self.producer, self._now_ms, stop_at_once)
-        self.score = Score(pipeline, self.stages[-1], self.serving.models, self.outbox, self._reject)
+        models = self.serving.models
+        self.shadow = Shadow(
+            pipeline, models, self.outbox, lambda: Outbox(self.shadow_producer, self._now_ms, _tell_unsent),
+            self.serving.drop,
+        )  # fmt: skip
+        self.score = Score(pipeline, self.stages[-1], models, self.outbox, self._reject, self.shadow.take)
         found = routes(pipeline, self.outbox, self._reject_record, self._counts)
         self.routes = {route.topic: route for route in found}
         self.flush = Flush(
@@ -343,10 +356,13 @@ class Worker:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.partitions.release()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.shadow.once(), SHADOW_S)
         if self._web is not None:
             await self._web.cleanup()
         await self._mirror.close()
         await self.producer.stop()
+        await self.shadow_producer.stop()
         self.watchdog.stop()
 
     def agents(self, app: faust.App) -> None:
@@ -530,6 +546,10 @@ def stop_at_once(error: BaseException) -> NoReturn:
 def say(text: str) -> None:
     """Tell who watches the worker."""
     print(f"headrace worker: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _tell_unsent(error: Exception) -> None:
+    say(f"Kafka did not take records of challengers ({error!r}); they are missing, and predictions go on.")
 
 
 def _in_step(pipeline: Pipeline) -> list[dict[str, Clocks]]:

@@ -143,6 +143,11 @@ class Pipeline:
         return f"{self.instance}.predictions"
 
     @property
+    def shadow(self) -> str:
+        """The topic of what challengers say of the same events."""
+        return f"{self.instance}.shadow"
+
+    @property
     def control(self) -> str:
         """The topic on which the workers of an instance tell each other how far they are."""
         return f"{self.instance}.control"
@@ -374,7 +379,8 @@ class _Compiler:
     def topics(self, pipeline: Pipeline) -> None:
         """No topic may have two uses."""
         logs = [e.log for e in pipeline.entities if e.log != pipeline.stream.topic]
-        uses = [(pipeline.predictions, ""), (pipeline.dead_letters, ""), (pipeline.control, "")]
+        own = (pipeline.predictions, pipeline.shadow, pipeline.dead_letters, pipeline.control)
+        uses = [(topic, "") for topic in own]
         uses += [(log, "") for log in logs]
         uses += [(s.topic, f"streams.{s.name}") for s in pipeline.streams]
         uses += [(x.topic, type(x).__name__.lower()) for x in pipeline.said]

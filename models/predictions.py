@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from models.pipeline import Pipeline
-from models.scoring import Model
+from models.scoring import Model, Scores
 from models.windows import Floats, Ints
 
 Mask = npt.NDArray[np.bool_]
@@ -55,11 +55,10 @@ class PredictionEncoder:
         self._encode = msgspec.json.Encoder().encode
 
     def encode(
-        self, ids: list[int | str], streams: Ints, times: Ints, vectors: Floats, late: Mask, degraded: Mask,
-        model: Model, partitions: Ints, offsets: Ints,
+        self, ids: list[int | str], streams: Ints, times: Ints, vectors: Floats, scores: Scores, late: Mask,
+        degraded: Mask, model: Model, partitions: Ints, offsets: Ints,
     ) -> list[bytes]:  # fmt: skip
-        """Score and encode n events. NaN becomes null. streams: (n,) numbers; late, degraded: (n,)."""
-        scores = model.score_many(vectors)
+        """Encode n events with the model's scores. NaN becomes null. streams: (n,) numbers; late, degraded: (n,)."""
         decisions = model.decide(scores)
         card, definition = model.card, self.pipeline.definition
         prediction, features, encode, names = self._prediction, self._features, self._encode, self._streams
@@ -97,7 +96,16 @@ class Prediction(msgspec.Struct):
     stream: str | None = None
 
 
-def identity(pipeline: Pipeline, prediction: Prediction) -> int:
+class OfEvent(Protocol):
+    """A prediction, or what else is said of an event."""
+
+    @property
+    def id(self) -> int | str: ...
+    @property
+    def stream(self) -> str | None: ...
+
+
+def identity(pipeline: Pipeline, prediction: OfEvent) -> int:
     """The 64-bit id of the event that it is of."""
     for stream in pipeline.streams:
         if stream.name == prediction.stream:

@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 
 # Why a version is refused, for metrics.
 Reason = Literal[
-    "pipeline", "features", "definition", "graph", "golden", "slow", "damaged", "size", "foreign"
+    "pipeline", "features", "definition", "graph", "golden", "slow", "damaged", "size", "foreign", "failed"
 ]
 
 
@@ -61,6 +61,21 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tested: tuple[int, int] | None = None
 
 
+class Decisions:
+    """What a model decides by its scores."""
+
+    def __init__(self, card: Card) -> None:
+        # Rarest first: the decision is the first whose threshold a score reaches.
+        ranked = sorted(card.thresholds.items(), key=lambda item: -item[1])
+        self._names = [name for name, _ in ranked] + [card.otherwise]
+        self._thresholds = np.array([threshold for _, threshold in ranked])
+
+    def of(self, scores: npt.NDArray[Any]) -> list[str]:
+        """The decision for each score; a score that is no number reaches no threshold."""
+        short_of = (~(scores.astype(np.float64)[:, None] >= self._thresholds)).sum(axis=1)
+        return [self._names[i] for i in short_of.tolist()]
+
+
 class Model:
     """Scores vectors of one pipeline's definition."""
 
@@ -79,10 +94,7 @@ class Model:
             ) from None
         self._input = self._only_input()
         self._output = self._session.get_outputs()[-1].name
-        # Rarest first: the decision is the first whose threshold a score reaches.
-        ranked = sorted(card.thresholds.items(), key=lambda item: -item[1])
-        self._names = [name for name, _ in ranked] + [card.otherwise]
-        self._thresholds = np.array([threshold for _, threshold in ranked])
+        self.decide = Decisions(card).of
         self._agree()
 
     def _only_input(self) -> str:
@@ -134,11 +146,6 @@ class Model:
         output: Any = self._session.run([self._output], {self._input: inputs})[0]
         scores: Scores = output[:, -1]
         return scores
-
-    def decide(self, scores: Scores) -> list[str]:
-        """The decision for each score; a score that is no number reaches no threshold."""
-        short_of = (~(scores.astype(np.float64)[:, None] >= self._thresholds)).sum(axis=1)
-        return [self._names[i] for i in short_of.tolist()]
 
 
 def _matches(card: Card, pipeline: Pipeline) -> None:

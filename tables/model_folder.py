@@ -82,6 +82,10 @@ class ModelFolder:
         part.write_text(version + "\n")
         part.replace(self.root / name / alias)
 
+    def unpoint(self, name: str, alias: str) -> None:
+        """Let an alias name nothing."""
+        (self.root / name / alias).unlink(missing_ok=True)
+
     def archive(self, name: str, version: str) -> None:
         """Put a version away. Its files stay."""
         (self.root / name / version / ARCHIVED).touch()

@@ -24,7 +24,7 @@ async def test_topics_have_explicit_partitions_and_retention(addresses: Addresse
     made = await kafka.create_topics(addresses.kafka, mine, 3, 1)
     assert set(made) == {
         "kafka-topics.transactions", "kafka-topics.terminal.log", "kafka-topics.labels",
-        "kafka-topics.predictions", "kafka-topics.dead-letters", "kafka-topics.control",
+        "kafka-topics.predictions", "kafka-topics.shadow", "kafka-topics.dead-letters", "kafka-topics.control",
     }  # fmt: skip
     assert await kafka.create_topics(addresses.kafka, mine, 3, 1) == []
     assert await kafka.checked_partitions(addresses.kafka, mine) == dict.fromkeys(made, 3) | {mine.control: 1}
@@ -43,14 +43,17 @@ async def test_topics_have_explicit_partitions_and_retention(addresses: Addresse
     assert set((await kafka.partitions_of(addresses.kafka, made)).values()) == {0}
 
 
-async def test_predictions_need_as_many_partitions_as_the_last_log(addresses: Addresses) -> None:
+@pytest.mark.parametrize("out", ["predictions", "shadow"])
+async def test_predictions_need_as_many_partitions_as_the_last_log(addresses: Addresses, out: str) -> None:
     mine = pipeline("kafka-uneven")
     await kafka.create_topics(addresses.kafka, mine, 2, 1)
     await kafka.delete_topics(addresses.kafka, mine)
     async with kafka.admin(addresses.kafka) as admin:
-        await admin.create_topics([kafka.NewTopic(mine.predictions, 3, 1)])
+        await admin.create_topics([kafka.NewTopic(getattr(mine, out), 3, 1)])
     await kafka.create_topics(addresses.kafka, mine, 2, 1)
-    with pytest.raises(kafka.TopicsWrong, match=r"has 3 partitions and kafka-uneven\.terminal\.log has 2"):
+    with pytest.raises(
+        kafka.TopicsWrong, match=rf"{out} has 3 partitions and kafka-uneven\.terminal\.log has 2"
+    ):
         await kafka.checked_partitions(addresses.kafka, mine)
     await kafka.delete_topics(addresses.kafka, mine)
 

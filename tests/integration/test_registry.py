@@ -92,6 +92,8 @@ def test_aliases_go_and_come_back(mlflow: str, tmp_path: Path) -> None:
     here.promote("two", "challenger-2")
     here.promote("two")
     assert here.aliases() == {CHAMPION: "two", PREVIOUS: "one", "challenger-2": "two"}
+    assert here.withdraw("challenger-2") == "two"
+    assert here.aliases() == {CHAMPION: "two", PREVIOUS: "one"}
     assert here.rollback() == "one"
     assert here.aliases()[CHAMPION] == "one"
     with pytest.raises(RegistryError, match="no version three of aliases"):
@@ -139,7 +141,7 @@ async def test_what_is_not_fit_is_refused_wherever_it_is_promoted(
     here.registry.point(name, CHAMPION, version)  # as one can in MLflow's own pages
     await serving.look()
     assert serving.models[CHAMPION].card.version == "good"
-    assert (serving.refused and serving.refused.version, serving.refusals) == (version, {reason: 1})
+    assert (serving.refused[CHAMPION].version, serving.refusals) == (version, {reason: 1})
     assert here.examined(version)["reason"] == reason
     # A worker that starts now scores with the last one that passed on its machine.
     again = Serving(life(mlflow, tmp_path / "worker", name), 0.1, told.append)

@@ -34,8 +34,9 @@ def test_topics() -> None:
     counts = dict.fromkeys(wanted_topics(SHOP), 4)
     assert verdicts(diagnosis.topics(SHOP, counts, kept(SHOP))) == [("", "ok")]
     assert verdicts(diagnosis.topics(SHOP, counts | {LAST.log: 0}, kept(SHOP))) == [(LAST.log, "wrong")]
-    few = diagnosis.topics(SHOP, counts | {SHOP.predictions: 3}, kept(SHOP))
-    assert verdicts(few) == [(SHOP.predictions, "wrong")]
+    for out in (SHOP.predictions, SHOP.shadow):
+        few = diagnosis.topics(SHOP, counts | {out: 3}, kept(SHOP))
+        assert verdicts(few) == [(out, "wrong")]
     for name, config, verdict in (
         (FIRST.log, {"cleanup.policy": "delete", "retention.ms": "3600000"}, "warn"),
         (FIRST.log, {"cleanup.policy": "delete", "retention.ms": "-1"}, "ok"),

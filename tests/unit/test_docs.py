@@ -22,6 +22,7 @@ from app.metrics import WorkerCollector
 from app.settings import Settings, variable
 from app.train_report import MEANINGS
 from models import explain
+from models.comparison import Figures, Pair
 from models.dead_letters import DeadLetter, Replayed
 from models.estimators import KINDS as KINDS_OF_MODELS
 from models.events import Code
@@ -30,6 +31,7 @@ from models.model_files import ModelFile
 from models.pipeline import find, parse
 from models.predictions import Origin, Prediction
 from models.records import RecordCodec
+from models.shadows import Shadow
 from models.windows import OUTCOMES
 from tables.mirror import Mirror, connect
 from tests.conftest import MODEL_FILES, PIPELINES, REPOSITORY
@@ -112,13 +114,15 @@ def worker_metrics() -> dict[str, set[str]]:
         partitions=SimpleNamespace(committable={TP("log", 0): 1}, held={TP("log", 0)}, rebalances=1),
         serving=SimpleNamespace(
             models={
-                "champion": SimpleNamespace(card=SimpleNamespace(pipeline="", version="", definition=""))
+                alias: SimpleNamespace(card=SimpleNamespace(pipeline="", version="", definition=""))
+                for alias in ("champion", "challenger-x")
             },
             refusals={"golden": 1},
-            refused=SimpleNamespace(version="", reason="golden"),
+            refused={"champion": SimpleNamespace(version="", reason="golden")},
             away=None,
         ),
         score=SimpleNamespace(predicted=0),
+        shadow=SimpleNamespace(sent=0, missed=0),
         routes={"labels": SimpleNamespace(routed=0)},
         dead_letters=0,
         mirror=SimpleNamespace(written=0, failing=None, rebuilding=0),
@@ -176,6 +180,11 @@ def test_every_outcome() -> None:
         assert f"`{outcome}`" in page("guarantees.md"), outcome
 
 
+def test_every_figure_of_a_comparison() -> None:
+    for name in fields(Figures, Pair) - {"version", "versions"}:
+        assert re.search(rf"^\|.*`{name}`.*\|", page("models.md"), re.MULTILINE), name
+
+
 def test_every_key_kind_and_figure_of_a_training() -> None:
     text = page("training.md")
     rows = {
@@ -198,7 +207,7 @@ def fields(*structs: type[msgspec.Struct]) -> set[str]:
 def test_every_field_of_a_record() -> None:
     topics, api = page("topics.md"), page("api.md")
     columns = RecordCodec(find("card-fraud", PIPELINES), 1).dtype.names or ()
-    for name in fields(Prediction, Origin, DeadLetter, Replayed):
+    for name in fields(Prediction, Shadow, Origin, DeadLetter, Replayed):
         assert f"`{name}`" in topics, name
         assert f'"{name}"' in topics, name
     for name in set(columns) - {"fields", "features"}:  # those two are told in words

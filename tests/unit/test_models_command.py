@@ -46,6 +46,8 @@ def test_a_version_from_its_promotion_to_the_archive(folder: ModelFolder) -> Non
     assert models("rollback").stdout == f"{FIRST} is the champion of shop\n"
     assert models("promote", "second", "--alias", "challenger-x").exit_code == 0
     assert listed()["second"]["aliases"] == ["challenger-x", "previous"]
+    assert models("withdraw", "challenger-x").stdout == "second is no challenger-x of shop any more\n"
+    assert listed()["second"]["aliases"] == ["previous"]
     folder.save(graph(), card(version="third"))
     assert models("archive", "third").exit_code == 0
     assert "third" not in listed()
@@ -56,7 +58,8 @@ def test_a_version_from_its_promotion_to_the_archive(folder: ModelFolder) -> Non
 def test_what_cannot_be_done_is_told_in_a_sentence(folder: ModelFolder) -> None:
     for words, sentence in (
         (("rollback",), "No champion of shop is known before this one"),
-        (("archive", FIRST), "is the champion; promote another first"),
+        (("archive", FIRST), "is the champion; promote another, or withdraw it, first"),
+        (("withdraw", "challenger-x"), "shop has no challenger challenger-x; it has none."),
         (("promote", "third"), "There is no version third of shop"),
         (("show", "third"), "There is no version third of shop"),
     ):

@@ -39,7 +39,9 @@ def test_what_is_compiled() -> None:
     p = shop()
     customer, shops = p.entities
     assert (customer.log, shops.log) == ("shop.orders", "shop.shop.log")
-    assert (p.predictions, p.dead_letters) == ("shop.predictions", "shop.dead-letters")
+    assert (p.predictions, p.shadow, p.dead_letters) == (
+        "shop.predictions", "shop.shadow", "shop.dead-letters",
+    )  # fmt: skip
     assert p.labels == pipeline.Labels("shop.labels", "RETURNED", "KNOWN")
     assert (customer.labelled, shops.labelled) == (False, True)
     assert (customer.values, shops.values) == (("AMOUNT",), ("ITEMS",))

@@ -46,7 +46,8 @@ def encode(
     model: Any = Model(scores)
     return encoder.encode(
         ids or list(range(n)), np.zeros(n, np.int64), np.arange(n) + 1000, np.array(vectors).reshape(n, WIDTH),
-        np.arange(n) % 2 == 1, np.arange(n) % 3 == 1, model, np.arange(n) + 3, np.arange(n) + 2**40,
+        model.score_many(range(n)), np.arange(n) % 2 == 1, np.arange(n) % 3 == 1, model, np.arange(n) + 3,
+        np.arange(n) + 2**40,
     )  # fmt: skip
 
 

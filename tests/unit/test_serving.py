@@ -36,6 +36,15 @@ class World:
         """As one would who passes the gate by."""
         self.folder.point("shop", CHAMPION, version)
 
+    async def look(self) -> None:
+        """As the worker does every few seconds."""
+        await self.serving.look()
+        await self.serving.look_at_challengers()
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {alias: model.card.version for alias, model in self.serving.models.items()}
+
     @property
     def scores(self) -> str:
         return self.serving.models[CHAMPION].card.version
@@ -91,13 +100,12 @@ async def test_what_is_refused_is_named_once_and_the_old_one_scores_on(
     monkeypatch.undo()
     assert world.scores == FIRST
     assert world.serving.refusals == {reason: 1}
-    refused = world.serving.refused
-    assert refused is not None
+    refused = world.serving.refused[CHAMPION]
     assert (refused.version, refused.reason) == ("bad", reason)
     assert len([told for told in world.told if "bad" in told and f"model {FIRST} scores on" in told]) == 1
     world.point("second")
     await world.serving.look()
-    assert (world.scores, world.serving.refused) == ("second", None)
+    assert (world.scores, world.serving.refused) == ("second", {})
 
 
 async def test_what_was_refused_gets_another_chance(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +119,7 @@ async def test_what_was_refused_gets_another_chance(world: World, monkeypatch: p
     assert world.scores == FIRST
     monkeypatch.setattr(serving, "AGAIN_S", 0.0)
     await world.serving.look()
-    assert (world.scores, world.serving.refused, world.serving.refusals) == ("second", None, {"damaged": 1})
+    assert (world.scores, world.serving.refused, world.serving.refusals) == ("second", {}, {"damaged": 1})
 
 
 async def test_without_a_model_it_says_why(tmp_path: Any) -> None:
@@ -165,6 +173,88 @@ def test_a_challenger_has_an_alias_of_its_own(world: World) -> None:
             world.life.promote("second", alias)
 
 
+# --- challengers ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def shadowed(world: World) -> World:
+    """It scores by the champion, and by a challenger."""
+    world.life.promote("second", "challenger-deep")
+    await world.look()
+    return world
+
+
+async def test_challengers_come_change_and_go(shadowed: World) -> None:
+    assert shadowed.versions == {CHAMPION: FIRST, "challenger-deep": "second"}
+    shadowed.save(second(version="third"), 2.0)
+    shadowed.life.promote("third", "challenger-wide")
+    shadowed.life.promote("third", "challenger-deep")
+    await shadowed.look()
+    assert shadowed.versions == {CHAMPION: FIRST, "challenger-deep": "third", "challenger-wide": "third"}
+    assert shadowed.life.withdraw("challenger-deep") == "third"
+    await shadowed.look()
+    assert shadowed.versions == {CHAMPION: FIRST, "challenger-wide": "third"}
+    assert shadowed.told[-1] == "shop: challenger-deep scores no more"
+    for alias in (CHAMPION, "challenger-deep"):
+        with pytest.raises(NotPromoted, match=f"no challenger {alias}; it has challenger-wide"):
+            shadowed.life.withdraw(alias)
+
+
+async def test_a_challenger_that_is_refused_does_no_harm(shadowed: World) -> None:
+    """Nor does the version that its alias named before score on under its name."""
+    shadowed.save(second(version="bad", definition="f" * 16), 2.0)
+    shadowed.folder.point("shop", "challenger-deep", "bad")
+    for _ in range(3):
+        await shadowed.look()
+    assert shadowed.versions == {CHAMPION: FIRST}
+    refused = shadowed.serving.refused["challenger-deep"]
+    assert (refused.version, refused.reason, shadowed.serving.refusals) == (
+        "bad",
+        "definition",
+        {"definition": 1},
+    )
+    assert (
+        len([told for told in shadowed.told if "challenger-deep does not score. The model bad" in told]) == 1
+    )
+    shadowed.life.withdraw("challenger-deep")
+    await shadowed.look()
+    assert shadowed.serving.refused == {}
+
+
+async def test_a_challenger_that_fails_stops_until_its_alias_names_another(
+    shadowed: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "AGAIN_S", 0.0)
+    shadowed.serving.drop("challenger-deep", "other", RuntimeError("of a version before"))
+    assert shadowed.versions == {CHAMPION: FIRST, "challenger-deep": "second"}
+    shadowed.serving.drop("challenger-deep", "second", RuntimeError("no such kernel\nand more"))
+    await shadowed.look()
+    assert shadowed.versions == {CHAMPION: FIRST}
+    assert shadowed.serving.refusals == {"failed": 1}
+    assert "failed to score (no such kernel); train another, or withdraw challenger-deep" in shadowed.told[-1]
+    shadowed.save(second(version="third"), 2.0)
+    shadowed.life.promote("third", "challenger-deep")
+    await shadowed.look()
+    assert (shadowed.versions["challenger-deep"], shadowed.serving.refused) == ("third", {})
+
+
+async def test_challengers_without_a_champion_are_no_model(tmp_path: Any) -> None:
+    world = World(ModelFolder(tmp_path))
+    world.save(second(), 2.0)
+    world.folder.point("shop", "challenger-deep", "second")
+    await world.look()
+    assert (world.versions, world.serving.shown) == ({"challenger-deep": "second"}, "no model")
+    assert "No model of shop is the champion" in world.serving.why
+
+
+async def test_a_registry_that_is_away_stops_no_challenger(shadowed: World) -> None:
+    pointer = shadowed.folder.root / "shop" / CHAMPION
+    pointer.write_bytes(b"\xff")
+    await shadowed.look()
+    assert shadowed.serving.away is not None
+    assert shadowed.versions == {CHAMPION: FIRST, "challenger-deep": "second"}
+
+
 def test_rollback_goes_to_the_champion_before_and_back(world: World) -> None:
     with pytest.raises(NotPromoted, match="No champion of shop is known before"):
         world.life.rollback()
@@ -176,7 +266,7 @@ def test_rollback_goes_to_the_champion_before_and_back(world: World) -> None:
 
 
 def test_what_is_archived_is_promoted_no_more(world: World) -> None:
-    with pytest.raises(NotPromoted, match="is the champion; promote another first"):
+    with pytest.raises(NotPromoted, match="is the champion; promote another, or withdraw it, first"):
         world.life.archive(FIRST)
     world.life.archive("second")
     with pytest.raises(NotPromoted, match="second is archived"):
