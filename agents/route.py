@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -37,6 +37,17 @@ class _Routed:
     ids: Ints
     places: Ints
     encode: Callable[[Ints, Ints, Ints], list[bytes]]
+
+
+class _Taker(Protocol):
+    """What a topic's records become. logs: where they go."""
+
+    logs: list[str]
+
+    def take(
+        self, values: list[bytes], sent: Ints, partitions: Ints
+    ) -> tuple[list[_Routed], Ints, list[Reject]]:
+        """Records by log, which of these values are good, and the rest. sent: (n,) ms; partitions: (n,) in runs."""
 
 
 class Route:
@@ -90,19 +101,7 @@ class Route:
         self._outbox.put_many(log, targets.tolist(), keys, values)
 
 
-class _Taker:
-    """What a topic's records become. logs: where they go."""
-
-    logs: list[str]
-
-    def take(
-        self, values: list[bytes], sent: Ints, partitions: Ints
-    ) -> tuple[list[_Routed], Ints, list[Reject]]:
-        """Records by log, which of these values are good, and the rest. sent: (n,) ms; partitions: (n,) in runs."""
-        raise NotImplementedError
-
-
-class Events(_Taker):
+class Events:
     """The events of a stream, into the first entity's log."""
 
     def __init__(self, pipeline: Pipeline, stream: Stream) -> None:
@@ -126,7 +125,7 @@ class Events(_Taker):
         return [routed], kept, rejects
 
 
-class Said(_Taker):
+class Said:
     """Labels or reversals, into the log of each entity that they concern."""
 
     def __init__(self, pipeline: Pipeline, said: Labels | Reversals) -> None:
@@ -158,9 +157,9 @@ def routes(
     pipeline: Pipeline, outbox: Outbox, reject: RejectRecord, partitions: dict[str, int]
 ) -> list[Route]:
     """The routers that a pipeline needs, one for each topic."""
-    taken: dict[str, Any] = {}
+    taken: dict[str, _Taker] = {}
     if pipeline.routed:
-        taken = {stream.topic: Events(pipeline, stream) for stream in pipeline.streams}
+        taken |= {stream.topic: Events(pipeline, stream) for stream in pipeline.streams}
     for said in pipeline.said:
         if said.topic in pipeline.inputs:
             taken[said.topic] = Said(pipeline, said)
