@@ -38,11 +38,6 @@ class Shadow:
         self._lock = asyncio.Lock()
         self.sent = self.missed = 0
 
-    @property
-    def challengers(self) -> dict[str, Model]:
-        """Those in force, by alias."""
-        return {alias: model for alias, model in self._models.items() if alias != CHAMPION}
-
     def take(self, events: Predicted) -> None:
         """Have these scored by the challengers, if there are any and there is room."""
         if len(self._models) < 2:
@@ -78,7 +73,7 @@ class Shadow:
     async def _next(self) -> int:
         """Score and send the first of the queue. How many records."""
         events, found = self._queue[0], {}
-        for alias, model in self.challengers.items():
+        for alias, model in [(a, m) for a, m in self._models.items() if a != CHAMPION]:
             try:
                 found[alias] = model.card.version, await asyncio.to_thread(_scores, model, events)
             except Exception as error:  # whatever a graph may raise, the champion goes on

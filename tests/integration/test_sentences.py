@@ -27,7 +27,7 @@ def headrace(*arguments: str, **environment: str) -> tuple[int, str]:
     ("arguments", "environment", "code", "sentence"),
     [
         (["worker", "-p", "card-frad"], {}, 2, "did you mean card-fraud?"),
-        (["worker", "-p", "card-fraud"], {"HEADRACE_MODELS_ROOT": "x"}, 1, "headrace train --pipeline card-fraud"),
+        (["models", "rollback", "-p", "card-fraud"], {"HEADRACE_MODELS_ROOT": "x"}, 1, "promote a version by its name"),
         (["worker", "-p", "card-fraud"], {"HEADRACE_KAFKA": "127.0.0.1:1"}, 1, "No Kafka answers at 127.0.0.1:1"),
         (["worker", "-p", "card-fraud", "--as", "unmade"], {}, 1, "create --pipeline card-fraud --as unmade"),
         (["worker", "-p", "card-fraud"], {"HEADRACE_KAFKA": "nonsense"}, 2, "HEADRACE_KAFKA"),

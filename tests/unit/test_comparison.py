@@ -115,6 +115,14 @@ def test_without_labels_there_are_scores_only() -> None:
     assert msgspec.json.decode(msgspec.json.encode(a))["auc"] is None
 
 
+def test_of_equal_scores_the_earlier_events_are_a_day_s_first() -> None:
+    seen = Observed()
+    for n in reversed(range(150)):
+        seen.add(n * 7919 % 1009, n, "a", 0.5)
+        seen.labels[n * 7919 % 1009] = int(n < 100)
+    assert compare(seen, None, {}).versions[0].precision_at_top == 1
+
+
 def test_a_score_that_is_no_number_is_left_out() -> None:
     seen = Observed()
     seen.add(1, 0, "a", None)
@@ -136,9 +144,10 @@ def test_the_last_label_counts_wherever_it_stands() -> None:
         label(1, "0", 10), label(1, "1", 20, 1, 7), label(1, "0", 15, 0, 1),  # flips, through two partitions
         label(2, "1", 10, 0, 2), label(2, "null", 10, 0, 3),  # is taken back in the same millisecond
         label(3, "7", 10, 0, 4),  # is none
+        label(5, "0", 30, 1, 8), label(5, "1", 40, 0, 7),
         label(4, "0", 10, 0, 5), label(4, "1", 10, 0, 6),
     ]  # fmt: skip
-    assert last_labels(SHOP, records[::-1]) == {1: 1, 4: 1}
+    assert last_labels(SHOP, records[::-1]) == {1: 1, 4: 1, 5: 1}
 
 
 class Topics:
