@@ -151,7 +151,9 @@ async def fold_logs(pipeline: Pipeline, address: str) -> Expected:
         batch.ids[order], np.empty((len(order), 0)), places, [latest], len(records) - len(kept)
     )
     if pipeline.routed:
-        expected.rejected, expected.unrouted = await _inputs(pipeline, address, batch.ids)
+        expected.rejected, expected.unrouted = await _inputs(
+            pipeline, address, batch.ids[batch.kinds == EVENT]
+        )
     fields, gathered = batch.fields[order], [features[order]]
     for number, entity in enumerate(pipeline.entities[1:], 1):
         records, logs, offsets = await _read(address, entity.log)

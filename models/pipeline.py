@@ -627,6 +627,11 @@ def _definition(pipeline: Pipeline) -> str:
     meaning = {
         "meaning": MEANING,
         "streams": [(s.name if several else "", s.id, s.time, s.scored) for s in pipeline.streams],
+        # which entities a stream feeds follows from what it carries
+        "carried": [
+            [(n, f.optional) for n, f in sorted(s.fields.items()) if n in used]
+            for s in (pipeline.streams if several else ())
+        ],
         "block": [f.name for f in pipeline.columns],  # the order in which records between stages hold them
         "fields": [
             (f.name, f.type, f.divisor, f.unit, f.optional, *([f.values] if f.values else []))

@@ -212,6 +212,7 @@ def test_what_is_routed_where(bank: Pipeline) -> None:
     ("old", "new"),
     [
         ("    scored: true\n", ""),
+        ("      DEVICE: string\n", "      DEVICE: string\n      PAYEE: {type: string, optional: true}\n"),
         ("  logins:\n", "  sessions:\n"),
         ("LOGINS: {from: logins, ", "LOGINS: {from: payments, "),
         ("key: [ACCOUNT, PAYEE]", "key: [PAYEE, ACCOUNT]"),
