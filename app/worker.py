@@ -295,7 +295,7 @@ class Worker:
         self.in_step = InStep(_in_step(pipeline), self._counts, round(settings.alignment_s * 1000))
         self.partitions = Partitions(self, self.address)
         self._mirror = Mirror(connect(addresses.redis_url), pipeline)
-        self.mirror = MirrorAgent(self.stages, self._mirror)
+        self.mirror = MirrorAgent(self.stages, self._mirror, counts, self._now_ms, settings.mirror_every_s)
         self._checkpoints = checkpoints.of(settings, pipeline)
         self.checkpoint = (
             CheckpointAgent(self.stages, self._checkpoints, settings.checkpoint_every_s, self._now_ms)
@@ -479,7 +479,7 @@ class Worker:
         self.watchdog.check()
         return time.time_ns() // 1_000_000
 
-    async def _ready(self) -> str | None:
+    async def _ready(self) -> str | None:  # noqa: PLR0911 - by what is the matter
         if not self.partitions.taken:
             return "The worker holds no partitions yet; it waits for Kafka to assign some."
         if CHAMPION not in self.serving.models:
@@ -489,6 +489,8 @@ class Worker:
             return f"Kafka has not acknowledged a batch for {waited // 1000} s; the worker waits."
         if self.mirror.failing is not None:
             return f"Redis does not take the mirror ({self.mirror.failing}); the stream goes on."
+        if self.mirror.refused:
+            return f"Others write the mirror of {', '.join(self.mirror.refused)}; the stream goes on."
         if self.mirror.rebuilding:
             return f"The mirror of {self.mirror.rebuilding} partitions is written anew; the stream goes on."
         return None

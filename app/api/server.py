@@ -20,7 +20,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from models.errors import HeadraceError
 from models.pipeline import Pipeline
-from tables.mirror import Mirror, RedisError
+from tables.mirror import MirrorReader, RedisError
 
 Ready = Callable[[], Awaitable[str | None]]  # None, or why not
 
@@ -49,7 +49,7 @@ class Problem(msgspec.Struct):
 
 
 def create_api(
-    pipeline: Pipeline, mirror: Mirror, registry: CollectorRegistry, ready: Ready,
+    pipeline: Pipeline, mirror: MirrorReader, registry: CollectorRegistry, ready: Ready,
     clock: Callable[[], float] = time.time,
 ) -> web.Application:  # fmt: skip
     """An aiohttp application. clock: seconds since the epoch."""
@@ -87,7 +87,7 @@ def create_api(
     return application
 
 
-def mirror_ready(mirror: Mirror) -> Ready:
+def mirror_ready(mirror: MirrorReader) -> Ready:
     """Ready when Redis answers."""
 
     async def ready() -> str | None:
@@ -114,10 +114,12 @@ async def serve(application: web.Application, host: str, port: int) -> web.AppRu
     return runner
 
 
-async def _features(request: web.Request, pipeline: Pipeline, mirror: Mirror, now: float) -> web.Response:
+async def _features(
+    request: web.Request, pipeline: Pipeline, mirror: MirrorReader, now: float
+) -> web.Response:
     try:
         entity = pipeline.entity(request.match_info["entity"])
-        found = await mirror.fetch(entity, request.match_info["id"])
+        (found,) = await mirror.read(entity, [request.match_info["id"]])
     except HeadraceError as error:
         return _json(Problem(str(error)), 404)
     except (RedisError, OSError) as error:

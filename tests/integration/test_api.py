@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from app.api.server import create_api, mirror_ready
 from tables.mirror import Mirror, connect
-from tests.integration.test_mirror import mirror, pipeline, touched
+from tests.integration.test_mirror import mirror, pipeline, put, touched
 
 pytestmark = pytest.mark.integration
 __all__ = ["mirror"]  # a fixture
@@ -43,7 +43,7 @@ async def cut_off() -> AsyncIterator[Client]:
 
 
 async def test_features_with_their_age(client: Client, mirror: Mirror) -> None:
-    await mirror.store(pipeline().entities[0], touched([b"N14228"], 3.0, 12, 1_378_000_000_000))
+    await put(mirror, touched([b"N14228"], 3.0, 12, 1_378_000_000_000))
     async with client.get("/v1/features/tailnum/N14228") as response:
         assert response.status == 200
         assert response.content_type == "application/json"
@@ -62,7 +62,7 @@ async def test_features_with_their_age(client: Client, mirror: Mirror) -> None:
 
 
 async def test_an_id_may_have_slashes_and_spaces(client: Client, mirror: Mirror) -> None:
-    await mirror.store(pipeline().entities[0], touched([b"a/b c"], 3.0, 12))
+    await put(mirror, touched([b"a/b c"], 3.0, 12))
     async with client.get("/v1/features/tailnum/a%2Fb%20c") as response:
         assert (await response.json())["id"] == "a/b c"
 
