@@ -9,7 +9,19 @@ from typing import Any
 
 import click
 
-from app.commands import answers, bench, checkpoints, data, dlq, models, pipelines, processes, runs, services
+from app.commands import (
+    answers,
+    bench,
+    checkpoints,
+    data,
+    dlq,
+    mirror,
+    models,
+    pipelines,
+    processes,
+    runs,
+    services,
+)
 from models.errors import HeadraceError
 
 
@@ -36,7 +48,7 @@ def main() -> None:
 for command in (
     services.up, services.down, services.status,
     pipelines.check, pipelines.schema, pipelines.topics, pipelines.features,
-    checkpoints.checkpoints, data.data, models.train, models.models,
+    checkpoints.checkpoints, mirror.mirror, data.data, models.train, models.models,
     processes.worker, processes.api, processes.replay,
     answers.doctor, answers.explain, dlq.dlq,
     runs.demo, runs.chaos, bench.bench,

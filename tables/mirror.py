@@ -316,14 +316,14 @@ class Mirror:
         """The marks of these partitions."""
         pipe: Any = self._client.pipeline(transaction=False)
         for p in partitions:
-            pipe.hmget(self._mark(entity, p), *Mark._fields)
+            pipe.execute_command("HMGET", self._mark(entity, p), *Mark._fields)
         return dict(zip(partitions, map(_mark_of, await pipe.execute()), strict=True))
 
     async def forget(self, entity: Entity, partitions: Sequence[int]) -> None:
         """Remove marks: who holds these partitions writes all their profiles anew, over those that are there."""
         pipe: Any = self._client.pipeline(transaction=False)
         for p in partitions:
-            pipe.unlink(self._mark(entity, p))
+            pipe.execute_command("UNLINK", self._mark(entity, p))
         await pipe.execute()
 
     async def clear(self) -> None:
@@ -334,7 +334,7 @@ class Mirror:
                 if keys:
                     pipe: Any = self._client.pipeline(transaction=False)
                     for key in keys:
-                        pipe.unlink(key)
+                        pipe.execute_command("UNLINK", key)
                     await pipe.execute()
         self._partitions, self._learned = {}, -LEARN_S
 
