@@ -18,6 +18,7 @@ from pydantic_settings import (
 )
 
 from app.errors import SettingsError
+from models.guard_rails import Bounds
 
 PREFIX = "HEADRACE_"
 YAML_FILE = "configs/settings.yaml"
@@ -189,6 +190,34 @@ class Settings(BaseSettings):
         default=None,
         description="Metric, ap or auc, in which a model must beat the champion on the same test days to be promoted.",
     )
+    canary_psi: Annotated[float, Field(gt=0)] = Field(
+        default=0.05,
+        description="How far, by PSI, a canary's decisions may be from the champion's on the same events, or it is taken "
+        "back.",
+    )
+    canary_row_us: Annotated[float, Field(gt=0)] = Field(
+        default=200.0,
+        description="Microseconds of processor time that a canary may take for an event, or it is taken back.",
+    )
+    canary_ap_drop: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.05,
+        description="How much lower than the champion's a canary's average precision may be on the same events, or it is "
+        "taken back by `headrace quality`.",
+    )
+    canary_positives: Count = Field(
+        default=100, description="Positive labels of these events, before the average precision is judged."
+    )
+    quality_days: Count = Field(
+        default=7,
+        description="Days of events over which `headrace quality` judges versions; they end a label delay ago.",
+    )
+    quality_events: Count = Field(
+        default=1_000_000,
+        description="Events that `headrace quality` keeps at most, some 300 bytes each, for labels that come or change.",
+    )
+    quality_port: Port = Field(
+        default=8089, description="Port of `headrace quality`: health, readiness, metrics."
+    )
     session_s: Annotated[int, Field(ge=6, le=60)] = Field(
         default=6,
         description="Seconds of silence after which the group counts a worker out; from the broker's minimum of 6 "
@@ -209,6 +238,11 @@ class Settings(BaseSettings):
             super().__init__(**values)
         except ValidationError as wrong:
             raise SettingsError("\n".join(_sentence(error) for error in wrong.errors())) from None
+
+    @property
+    def canary_bounds(self) -> Bounds:
+        """What a canary must keep within."""
+        return Bounds(self.canary_psi, self.canary_row_us, self.canary_ap_drop, self.canary_positives)
 
     @property
     def checkpoints_url(self) -> str | None:

@@ -317,6 +317,7 @@ class Worker:
         for stage in self.stages:
             stage.warm()
         await self.serving.look()
+        await self.serving.look_at_challengers()  # a canary decides from the first event on
         self._background(self.serving.run())
         self._background(self.shadow.run())
         self._background(self.control.listen())
@@ -341,9 +342,12 @@ class Worker:
         models = self.serving.models
         self.shadow = Shadow(
             pipeline, models, self.outbox, lambda: Outbox(self.shadow_producer, self._now_ms, _tell_unsent),
+            self.serving.drop, self.serving.watch,
+        )  # fmt: skip
+        self.score = Score(
+            pipeline, self.stages[-1], models, self.serving.shares, self.outbox, self._reject, self.shadow.take,
             self.serving.drop,
         )  # fmt: skip
-        self.score = Score(pipeline, self.stages[-1], models, self.outbox, self._reject, self.shadow.take)
         found = routes(pipeline, self.outbox, self._reject_record, self._counts)
         self.routes = {route.topic: route for route in found}
         self.flush = Flush(

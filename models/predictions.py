@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from models.canary import Side
 from models.pipeline import Pipeline
 from models.scoring import Model, Scores
 from models.windows import Floats, Ints
@@ -56,23 +57,28 @@ class PredictionEncoder:
 
     def encode(
         self, ids: list[int | str], streams: Ints, times: Ints, vectors: Floats, scores: Scores, late: Mask,
-        degraded: Mask, model: Model, partitions: Ints, offsets: Ints,
+        degraded: Mask, model: Model, partitions: Ints, offsets: Ints, canary: Side | None = None,
     ) -> list[bytes]:  # fmt: skip
-        """Encode n events with the model's scores. NaN becomes null. streams: (n,) numbers; late, degraded: (n,)."""
-        decisions = model.decide(scores)
+        """Encode n events with the model's scores. NaN becomes null. streams: (n,) numbers; late, degraded: (n,);
+        canary: those that another model has scored."""
+        decisions, versions = model.decide(scores), [model.card.version] * len(ids)
+        if canary is not None:
+            decided = canary.model.decide(scores[canary.mask])
+            for i, decision in zip(np.flatnonzero(canary.mask).tolist(), decided, strict=True):
+                decisions[i], versions[i] = decision, canary.model.card.version
         card, definition = model.card, self.pipeline.definition
         prediction, features, encode, names = self._prediction, self._features, self._encode, self._streams
         tails = [(features(*row),) for row in vectors.tolist()] if features else [()] * len(ids)
         return [
             encode(
                 prediction(
-                    id_, names[stream], time, score, decision, card.pipeline, card.version, definition, is_late,
+                    id_, names[stream], time, score, decision, card.pipeline, version, definition, is_late,
                     is_degraded, Origin(partition, offset), *tail,
                 )
             )
-            for id_, stream, time, score, decision, is_late, is_degraded, partition, offset, tail in zip(
-                ids, streams.tolist(), times.tolist(), scores.astype(np.float64).tolist(), decisions, late.tolist(),
-                degraded.tolist(), partitions.tolist(), offsets.tolist(), tails, strict=True,
+            for id_, stream, time, score, decision, version, is_late, is_degraded, partition, offset, tail in zip(
+                ids, streams.tolist(), times.tolist(), scores.astype(np.float64).tolist(), decisions, versions,
+                late.tolist(), degraded.tolist(), partitions.tolist(), offsets.tolist(), tails, strict=True,
             )
         ]  # fmt: skip
 

@@ -148,6 +148,14 @@ class Model:
         return scores
 
 
+def scores_of(model: Model, vectors: Floats) -> Scores:
+    """Scores (n,) of a model that is on trial. Raises whatever its graph does, and ValueError for another shape."""
+    scores = model.score_many(vectors)
+    if scores.shape != (len(vectors),):
+        raise ValueError(f"it gives scores of shape {scores.shape} for {len(vectors)} events")
+    return scores
+
+
 def _matches(card: Card, pipeline: Pipeline) -> None:
     if card.pipeline != pipeline.name:
         raise Refused(

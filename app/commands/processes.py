@@ -33,7 +33,7 @@ def worker(name: str, alias: str | None, port: int | None) -> None:
     from app.serving import Serving
 
     life = model_life.of(settings, addresses, pipeline)
-    serving = Serving(life, settings.model_every_s, workers.say)
+    serving = Serving(life, settings.model_every_s, workers.say, settings.canary_bounds)
     counts = asyncio.run(kafka.checked_partitions(addresses.kafka, pipeline))
     built = workers.Worker(pipeline, serving, counts, addresses, settings, port or settings.worker_port)
     workers.run(built)

@@ -115,8 +115,10 @@ def worker_metrics() -> dict[str, set[str]]:
         serving=SimpleNamespace(
             models={
                 alias: SimpleNamespace(card=SimpleNamespace(pipeline="", version="", definition=""))
-                for alias in ("champion", "challenger-x")
+                for alias in ("champion", "canary", "challenger-x")
             },
+            shares={"canary": 5.0},
+            taken_back={"": "scores"},
             refusals={"golden": 1},
             refused={"champion": SimpleNamespace(version="", reason="golden")},
             away=None,
