@@ -15,18 +15,18 @@ from models.windows import Floats
 NO_NUMBER = "no number"
 
 
-class Watched:
+class Watched(Model):
     """A model whose time counts. It scores as the model does, in any thread."""
 
     def __init__(self, model: Model) -> None:
-        self.card, self.decide, self._score = model.card, model.decide, model.score_many
+        vars(self).update(vars(model))  # it is loaded and checked
         self._lock = threading.Lock()
         self._rows, self._seconds = 0, 0.0
 
     def score_many(self, vectors: Floats) -> Scores:
         # Of this thread's processor alone: others use the machine too, and the model runs in one thread.
         began = time.thread_time()
-        scores = self._score(vectors)
+        scores = super().score_many(vectors)
         took = time.thread_time() - began
         with self._lock:
             self._rows, self._seconds = self._rows + len(vectors), self._seconds + took
@@ -68,6 +68,6 @@ class Watch:
         return found
 
 
-def _decisions(model: Model | Watched, scores: Scores) -> list[str]:
+def _decisions(model: Model, scores: Scores) -> list[str]:
     numbers = ~np.isnan(scores)
     return [d if n else NO_NUMBER for d, n in zip(model.decide(scores), numbers.tolist(), strict=True)]

@@ -369,3 +369,27 @@ async def read_between(
                         yield record
             # Control records have offsets and are never given out: the position tells, not the count.
             open_ = {tp for tp in open_ if await consumer.position(tp) < ends[tp]}
+
+
+async def tail(
+    address: str, topics: Iterable[str], since_ms: int
+) -> AsyncGenerator[tuple[list[Any], int], None]:
+    """Records of topics that came from a time on, and those that come, for ever: some at a time, with how many are
+    left.
+
+    Records of a partition are in its order. An empty list comes about twice a second while nothing does.
+    """
+    counts = await partitions_of(address, topics)
+    spans = await offsets_of(address, counts, since_ms)
+    ends = {TopicPartition(s.topic, s.partition): s.end for s in spans}
+    async with _asking(address) as consumer:
+        consumer.assign(list(ends))
+        for span in spans:
+            await consumer.position(TopicPartition(span.topic, span.partition))
+            consumer.seek(TopicPartition(span.topic, span.partition), span.first)
+        while True:
+            got = await consumer.getmany(timeout_ms=500, max_records=5000)
+            left = 0
+            for tp, end in ends.items():
+                left += max(0, (consumer.highwater(tp) or end) - await consumer.position(tp))
+            yield [record for records in got.values() for record in records], left

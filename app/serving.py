@@ -31,9 +31,9 @@ class Refusal:
 
 class Serving:
     """models: by alias, what agents.score and agents.shadow read once per micro-batch. shares: by alias, of the canary
-    the percent of entities. taken_back: by version, which guard rail ended it as the canary. refused: by alias, versions
-    that are to score but are not fit to; the champion before goes on, a challenger does not. away: why the registry
-    cannot be asked."""
+    the percent of entities. taken_back: by version, which guard rail ended it as the canary. refused: by alias,
+    versions that are to score but are not fit to; the champion before goes on, others do not. away: why the
+    registry cannot be asked."""
 
     def __init__(
         self, life: ModelLife, every_s: float, tell: Callable[[str], None], bounds: Bounds | None = None

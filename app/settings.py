@@ -192,8 +192,8 @@ class Settings(BaseSettings):
     )
     canary_psi: Annotated[float, Field(gt=0)] = Field(
         default=0.05,
-        description="How far, by PSI, a canary's decisions may be from the champion's on the same events, or it is taken "
-        "back.",
+        description="How far, by PSI, a canary's decisions may be from the champion's on the same events, or it is "
+        "taken back.",
     )
     canary_row_us: Annotated[float, Field(gt=0)] = Field(
         default=200.0,
@@ -201,8 +201,8 @@ class Settings(BaseSettings):
     )
     canary_ap_drop: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.05,
-        description="How much lower than the champion's a canary's average precision may be on the same events, or it is "
-        "taken back by `headrace quality`.",
+        description="How much lower than the champion's a canary's average precision may be on the same events, or it "
+        "is taken back by `headrace quality`.",
     )
     canary_positives: Count = Field(
         default=100, description="Positive labels of these events, before the average precision is judged."
@@ -213,7 +213,7 @@ class Settings(BaseSettings):
     )
     quality_events: Count = Field(
         default=1_000_000,
-        description="Events that `headrace quality` keeps at most, some 300 bytes each, for labels that come or change.",
+        description="Events that `headrace quality` keeps at most, for labels that come or change.",
     )
     quality_port: Port = Field(
         default=8089, description="Port of `headrace quality`: health, readiness, metrics."

@@ -23,8 +23,8 @@ class Breach(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """psi: of the canary's decisions against the champion's; row_us: microseconds for an event; ap_drop: by how much the
-    average precision may be lower; positives: known ones, before that is judged."""
+    """psi: of the canary's decisions against the champion's; row_us: microseconds for an event; ap_drop: by how much
+    the average precision may be lower; positives: known ones, before that is judged."""
 
     psi: float = 0.05
     row_us: float = 200.0

@@ -49,7 +49,7 @@ decode = msgspec.json.Decoder(Shadow).decode
 class Predicted:
     """n events as they were predicted: what challengers are to score, too.
 
-    streams: (n,) numbers; vectors: (n, width); partitions, offsets: (n,), of the last entity's log; champion: who was it
+    streams: (n,) numbers; vectors: (n, width); partitions, offsets: (n,), of the last entity's log; champion: as it was
     then; scores: (n,) as predicted; canary: whose some of these are.
     """
 
@@ -82,7 +82,8 @@ class ShadowEncoder:
         columns = [_scored(version, scores) for version, scores in challengers.values()]
         rows = zip(
             events.ids, events.times.tolist(), events.partitions.tolist(), events.offsets.tolist(),
-            _scored(events.champion.card.version, champion), zip(*columns, strict=True), events.streams.tolist(), strict=True,
+            _scored(events.champion.card.version, champion), zip(*columns, strict=True), events.streams.tolist(),
+            strict=True,
         )  # fmt: skip
         return [
             self._encode(

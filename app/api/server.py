@@ -65,6 +65,19 @@ def create_api(
         lookups.labels(response.status).inc()
         return response
 
+    application = web.Application(middlewares=[_problems])
+    application.add_routes(
+        [
+            web.get("/v1/features/{entity}/{id:.+}", features),
+            *pages(registry, ready),
+        ]
+    )
+    return application
+
+
+def pages(registry: CollectorRegistry, ready: Ready) -> list[web.RouteDef]:
+    """What every process has: health, readiness and metrics."""
+
     async def healthz(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
 
@@ -75,16 +88,7 @@ def create_api(
     async def metrics(_: web.Request) -> web.Response:
         return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    application = web.Application(middlewares=[_problems])
-    application.add_routes(
-        [
-            web.get("/v1/features/{entity}/{id:.+}", features),
-            web.get("/healthz", healthz),
-            web.get("/readyz", readyz),
-            web.get("/metrics", metrics),
-        ]
-    )
-    return application
+    return [web.get("/healthz", healthz), web.get("/readyz", readyz), web.get("/metrics", metrics)]
 
 
 def mirror_ready(mirror: Mirror) -> Ready:

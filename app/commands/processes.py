@@ -54,6 +54,28 @@ def api(name: str, alias: str | None, port: int | None) -> None:
     run(pipeline, services.addresses(settings).redis_url, settings.api_host, port or settings.api_port)
 
 
+@click.command(epilog="Example: headrace quality --pipeline card-fraud & curl localhost:8089/metrics")
+@common.pipeline_options
+@click.option("--port", type=int, help="HEADRACE_QUALITY_PORT by default.")
+def quality(name: str, alias: str | None, port: int | None) -> None:
+    """Judge versions by their labels, as these come, and take a canary back that turns out worse."""
+    from app import kafka, model_life
+    from app import quality as process
+    from app.local import services
+
+    settings = common.settings()
+    pipeline = common.find(settings, name, alias)
+    addresses = services.addresses(settings)
+    built = process.Quality(
+        model_life.of(settings, addresses, pipeline), settings.quality_days, settings.quality_events,
+        settings.canary_bounds, process.say,
+    )  # fmt: skip
+    asyncio.run(kafka.checked_partitions(addresses.kafka, pipeline))
+    process.run(
+        built, addresses.kafka, settings.api_host, port or settings.quality_port, settings.model_every_s
+    )
+
+
 @click.command(
     epilog="Example: headrace replay data/flights.parquet -p flight-delays --rate 2000 --start 2013-09-01"
 )

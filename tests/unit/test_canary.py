@@ -19,7 +19,7 @@ from models import shadows
 from models.canary import chosen
 from models.predictions import decode
 from tests.fixtures import simulation
-from tests.fixtures.simulation import PARTITIONS, SHOP, STREAM, World, simulated
+from tests.fixtures.simulation import PARTITIONS, STREAM, World, simulated
 from tests.unit.test_exactness import OLD, ORDERS, Step, end_of, folded, histories
 from tests.unit.test_shadow import Bench, Other, predicted
 

@@ -4,9 +4,8 @@ import subprocess
 import sys
 from typing import Any
 
-import pytest
-
 import numpy as np
+import pytest
 
 from app import model_life, serving
 from app.errors import RegistryError
