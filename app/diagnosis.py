@@ -15,6 +15,7 @@ import numpy as np
 
 from app import verify
 from app.kafka import Group, Place, Span, wanted_topics
+from models.canary import Canary
 from models.pipeline import Entity, Pipeline
 from models.predictions import Prediction
 from models.windows import NULL, Arena
@@ -259,6 +260,14 @@ def predictions(
             rows.append(Row("predictions", what, "warn", seen, remedy))
     checked = sum(map(len, events.values()))
     return rows or ok("predictions", f"{checked:,} of the last events that were flushed are predicted")
+
+
+def canary(version: str, found: Canary) -> list[Row]:
+    """What the version that has the canary's alias decides, or why it does not any more."""
+    if found.reason is None:
+        return ok("model", f"canary {version} decides for {found.share:g} % of the entities")
+    remedy = "train a better one, or set it again; `headrace models withdraw canary` ends this warning"
+    return [Row("model", "canary", "warn", f"taken back: {found.reason}", remedy)]
 
 
 def latest(pipeline: Pipeline, prediction: Prediction | None, champion: str | None) -> list[Row]:

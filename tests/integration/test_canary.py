@@ -186,7 +186,7 @@ async def test_a_bad_canary_is_taken_back_and_the_reason_is_told(
             await replay.publish(tape, pipeline, addresses.kafka, 1000)
             sent += tape.events
             for worker in both:  # the one that has seen it, and the one that follows
-                gone = f"headrace_canary_taken_back{{{version},{rail}}}"
+                gone = f"headrace_canary_taken_back{{{rail},{version}}}"
                 await until(
                     worker, lambda m, g=gone, v=version: m.get(g) == 1 and f"headrace_canary{{{v}}}" not in m
                 )
@@ -230,7 +230,8 @@ async def test_what_labels_say_is_what_compare_says_and_takes_a_canary_back(
             days = {"--from": found["from"], "--to": found["to"]}
             # 2. the same figures
             words = [w for pair in days.items() for w in pair]
-            answer = headrace(two, "models", "compare", "--as", pipeline.instance, *words, "--json")
+            compare = ("models", "compare", "--as", pipeline.instance, *words, "--json")
+            answer = await asyncio.to_thread(headrace, two, *compare)
             assert answer.exit_code == 0, answer.stderr
             wanted = {f["version"]: f for f in json.loads(answer.stdout)["versions"]}
             assert wanted.keys() == {champion, version}
@@ -249,7 +250,7 @@ async def test_what_labels_say_is_what_compare_says_and_takes_a_canary_back(
                 two, pipeline, "quality", 2, HEADRACE_MODEL_EVERY_S="1", HEADRACE_CANARY_POSITIVES="30"
             )
             quality.start()
-            gone = f"headrace_canary_taken_back{{{version},quality}}"
+            gone = f"headrace_canary_taken_back{{quality,{version}}}"
             await until(worker, lambda m: m.get(gone) == 1 and f"headrace_canary{{{version}}}" not in m)
             canary = life.registry.canary(NAME, version)
             assert canary is not None

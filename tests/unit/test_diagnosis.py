@@ -7,6 +7,7 @@ import msgspec
 from app import diagnosis, doctor
 from app.diagnosis import Copy, Event, Hole, Row, Stored, Tail
 from app.kafka import Group, Member, Span, wanted_topics
+from models.canary import Canary
 from models.pipeline import Pipeline
 from models.predictions import Origin, Prediction
 from tables.mirror import Mirrored
@@ -115,6 +116,13 @@ def test_predictions() -> None:
             log, {0: holed}, {0: [Event(n, n, n) for n in range(9) if n in (lost, 7)]}
         )
         assert row.verdict == "wrong" and remedy in row.remedy
+
+
+def test_a_canary() -> None:
+    (decides,) = diagnosis.canary("m2", Canary(5, 1))
+    assert (decides.verdict, decides.seen) == ("ok", "canary m2 decides for 5 % of the entities")
+    (over,) = diagnosis.canary("m2", Canary(5, 1, "latency", "The canary m2 took long.", 2))
+    assert (over.verdict, over.seen) == ("warn", "taken back: The canary m2 took long.")
 
 
 def test_the_latest_prediction() -> None:

@@ -19,17 +19,20 @@ from app.cli import main
 from app.explain import Explanation, Place, Served
 from app.kafka import wanted_topics
 from app.metrics import WorkerCollector
+from app.quality import QualityCollector
 from app.settings import Settings, variable
 from app.train_report import MEANINGS
 from models import explain
 from models.comparison import Figures, Pair
 from models.dead_letters import DeadLetter, Replayed
 from models.estimators import KINDS as KINDS_OF_MODELS
+from models.evaluation import DAY_MS
 from models.events import Code
 from models.explain import Explained, Relabelled, View
 from models.model_files import ModelFile
 from models.pipeline import find, parse
 from models.predictions import Origin, Prediction
+from models.quality import Realised
 from models.records import RecordCodec
 from models.shadows import Shadow
 from models.windows import OUTCOMES
@@ -147,6 +150,17 @@ def api_metrics() -> dict[str, set[str]]:
     }
 
 
+def quality_metrics() -> dict[str, set[str]]:
+    """Names and labels of what `headrace quality` tells."""
+    realised = Realised(1, 0, 9)
+    for id_ in range(2):
+        realised.scored(id_, id_ * 2 * DAY_MS, {"a": 0.5})
+        realised.labelled(id_, id_ * 2 * DAY_MS, 1, 1)
+    realised.scored(3, 3 * DAY_MS, {"a": 0.5})
+    quality: Any = SimpleNamespace(realised=realised, left=0, away=None)
+    return {s.name: set(s.labels) for family in QualityCollector(quality).collect() for s in family.samples}
+
+
 async def _ready() -> str | None:
     return None
 
@@ -155,7 +169,7 @@ def test_every_metric() -> None:
     rows = re.findall(r"^\| `(headrace_\w+)` \|(.*?)\|", page("metrics.md"), re.MULTILINE)
     shown = {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in rows}
     assert len(api_metrics()) >= 2
-    assert shown == worker_metrics() | api_metrics()
+    assert shown == worker_metrics() | api_metrics() | quality_metrics()
 
 
 def test_every_route() -> None:
