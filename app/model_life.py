@@ -97,8 +97,8 @@ class ModelLife:
             self._beats(card, champion)
             self.registry.point(name, PREVIOUS, champion)
         self.registry.point(name, alias, version)
-        if alias == CHAMPION and self.aliases().get(CANARY) == version:  # it has come to its end
-            self.registry.unpoint(name, CANARY)
+        if alias == CHAMPION:
+            self._no_canary(version)
 
     def rollback(self) -> str:
         """Make the champion before the champion again; a second time undoes it. Returns its version."""
@@ -112,6 +112,7 @@ class ModelLife:
         # After a crash between the two there is nothing to go back to, and the champion is the right one.
         self.registry.point(name, CHAMPION, previous)
         self.registry.point(name, PREVIOUS, champion)
+        self._no_canary(previous)
         return previous
 
     def set_canary(self, version: str, share: float) -> str:
@@ -186,6 +187,11 @@ class ModelLife:
                 "canary": None if listed.canary is None else msgspec.to_builtins(listed.canary),
             }  # fmt: skip
         return found | {"aliases": [alias for alias, named in aliases.items() if named == version]}
+
+    def _no_canary(self, champion: str) -> None:
+        """Who decides for all is the canary of none."""
+        if self.aliases().get(CANARY) == champion:
+            self.registry.unpoint(self.pipeline.name, CANARY)
 
     def _find(self, version: str) -> None:
         """Have it in the registry, and not put away."""

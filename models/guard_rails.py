@@ -12,6 +12,7 @@ ROWS = 1000  # events that a canary has scored, before its time is judged
 EVENTS = (
     2000  # that both have scored, before the decisions are compared: chance alone moves PSI by some .002 then
 )
+LONGEST = 300  # of what a graph says when it fails: registries have bounds
 LEAST = 1e-4  # of a share: an empty one would have an infinite logarithm
 
 
@@ -34,7 +35,7 @@ class Bounds(NamedTuple):
 
 def failed(version: str, error: Exception) -> Breach:
     """It raised while it scored, or gave no score for each event."""
-    first = (str(error) or type(error).__name__).splitlines()[0]
+    first = (str(error) or type(error).__name__).splitlines()[0][:LONGEST]
     return Breach("failed", f"The canary {version} failed to score ({first}).")
 
 

@@ -103,6 +103,9 @@ def models_list(name: str, everything: bool, as_json: bool) -> None:
         columns = ["version", "aliases", "registered", "definition", "auc", "ap", "archived", "canary"]
         shown = [row | {"aliases": ", ".join(row["aliases"]), "canary": _canary(row)} for row in rows]
         table(columns, [[*row.values()] for row in shown])
+        for row in rows:
+            if row["canary"] is not None and "reason" in row["canary"]:
+                click.echo(f"{row['version']} was taken back: {row['canary']['reason']}")
 
 
 def _canary(row: dict[str, Any]) -> str | None:
@@ -111,7 +114,7 @@ def _canary(row: dict[str, Any]) -> str | None:
     if canary is None:
         return None
     if "reason" in canary:
-        return f"taken back by {canary['rail']}: {canary['reason']}"
+        return f"taken back ({canary['rail']})"
     return f"{canary['share']:g} %" if "canary" in row["aliases"] else None
 
 

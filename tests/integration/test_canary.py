@@ -193,7 +193,7 @@ async def test_a_bad_canary_is_taken_back_and_the_reason_is_told(
             shown = json.loads(headrace(two, "models", "show", version, "--json").stdout)["canary"]
             assert (shown["rail"], shown["share"]) == (rail, 30)
             assert shown["reason"].startswith(f"The canary {version} ")
-            assert f"taken back by {rail}: {shown['reason']}" in headrace(two, "models", "list").stdout
+            assert f"{version} was taken back: {shown['reason']}\n" in headrace(two, "models", "list").stdout
             told = [
                 f"{NAME}: {shown['reason']} It {end}" in w.log.read_text()
                 for w in both
