@@ -141,11 +141,9 @@ class Realised:
 
     def of(self, version: str, company: Iterable[str] = ()) -> tuple[Judged, Curve]:
         """Of a version on the events that all of the company have scored too. With the curve that is behind it."""
-        days = [self._curve(self._sum(day, version, {version, *company})) for day in self._window()]
-        whole = self._curve(
-            sum((self._sum(day, version, {version, *company}) for day in self._window()), _nothing())
-        )
-        return judged(whole, days), whole
+        days = [self._sum(day, version, {version, *company}) for day in self._window()]
+        whole = self._curve(sum(days, _nothing()))
+        return judged(whole, map(self._curve, days)), whole
 
     def _window(self) -> list[int]:
         return [day for day in sorted(self._counts) if day <= self.until]
