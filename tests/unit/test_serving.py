@@ -374,12 +374,41 @@ async def test_what_the_registry_does_not_hear_is_told_it_later(
     with monkeypatch.context() as patch:
         patch.setattr(ModelFolder, "note", lambda *_: (_ for _ in ()).throw(RegistryError("away")))
         tried.serving.drop(CANARY, "second", RuntimeError("no"))
+        patch.setattr(ModelLife, "load", lambda *_: pytest.fail("it is loaded again"))
         for _ in range(3):
             await tried.look()
         assert (tried.versions, tried.serving.away) == ({CHAMPION: FIRST}, "away")
         assert noted(tried).reason is None
     await tried.look()
     assert (tried.versions, noted(tried).rail) == ({CHAMPION: FIRST}, "failed")
+
+
+async def test_a_version_that_cannot_be_had_leaves_no_canary(
+    tried: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the one before would have its share."""
+    tried.save(second(version="third"), 2.0)
+    tried.life.set_canary("third", 90)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelLife, "load", lambda *_: (_ for _ in ()).throw(RegistryError("away")))
+        await tried.look()
+        assert (tried.versions, tried.serving.shares) == ({CHAMPION: FIRST}, {})
+    await tried.look()
+    assert (tried.versions[CANARY], tried.serving.shares) == ("third", {CANARY: 90})
+
+
+async def test_what_fails_while_its_alias_is_looked_at_is_not_set_again(
+    tried: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tried.serving.models[CANARY]
+
+    def found(alias: str, version: str) -> Any:
+        tried.serving.drop(CANARY, "second", RuntimeError("no"))
+        return model
+
+    monkeypatch.setattr(tried.serving, "_challenger", found)
+    await tried.serving.look_at_challengers()
+    assert (tried.versions, tried.serving.shares) == ({CHAMPION: FIRST}, {})
 
 
 async def test_what_is_told_late_does_not_end_what_people_have_set_since(
