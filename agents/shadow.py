@@ -28,11 +28,11 @@ class Shadow:
 
     def __init__(
         self, pipeline: Pipeline, models: Mapping[str, Model], outbox: Outbox, own: Callable[[], Outbox],
-        drop: Callable[[str, str, Exception], None], watch: Callable[[Scores, Model, Scores], None],
+        drop: Callable[[str, str, Exception], None], watch: Callable[[str, Scores, Model, Scores], None],
     ) -> None:  # fmt: skip
         """models: by alias. outbox: of the predictions; own: makes one for the records, anew where one has failed.
-        drop: told alias, version and error of one that failed to score. watch: told a canary's scores, and the champion
-        with its scores of the same events."""
+        drop: told alias, version and error of one that failed to score. watch: told version and scores of a canary, and
+        the champion with its scores of the same events."""
         self._topic = pipeline.shadow
         self._models, self._outbox, self._make, self._drop = models, outbox, own, drop
         self._watch = watch
@@ -94,7 +94,7 @@ class Shadow:
         if not found:
             return 0
         if CANARY in found:
-            self._watch(found[CANARY][1], events.champion, champion)
+            self._watch(*found[CANARY], events.champion, champion)
         keys = [str(id_).encode() for id_ in events.ids]
         values = self._encoder.encode(events, champion, found)
         self._own.put_many(self._topic, events.partitions.tolist(), keys, values)

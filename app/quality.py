@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import uvloop
 from aiohttp import web
+from aiokafka.errors import KafkaError
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -213,10 +214,15 @@ async def _run(quality: Quality, address: str, host: str, port: int, every_s: fl
 
 async def _read(quality: Quality, address: str) -> None:
     since = time.time_ns() // 1_000_000 - quality.reach
-    async for records, left in kafka.tail(address, quality.topics, since):
-        quality.take(records)
-        quality.left = left
-        await asyncio.sleep(0)  # who asks for metrics is answered while much is read
+    try:
+        async for records, left in kafka.tail(address, quality.topics, since):
+            quality.take(records)
+            quality.left = left
+            await asyncio.sleep(0)  # who asks for metrics is answered while much is read
+    except KafkaError as error:
+        raise HeadraceError(
+            f"Kafka did not do what was asked ({error!r}). Started again, `headrace quality` reads its window anew."
+        ) from None
 
 
 async def _look(quality: Quality, every_s: float) -> None:

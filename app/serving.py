@@ -118,8 +118,8 @@ class Serving:
         share = self._canary.share
         if CANARY in self.models and self.shares.get(CANARY) != share:
             self._tell(
-                f"{self._life.pipeline.name}: canary, {version}, decides for {share:g} % of "
-                f"{self._life.pipeline.entities[0].name}s from now on"
+                f"{self._life.pipeline.name}: canary, {version}, decides for {share:g} % by "
+                f"{self._life.pipeline.entities[0].name} from now on"
             )
             self.shares[CANARY] = share
 
@@ -130,9 +130,9 @@ class Serving:
             self._watch = None
         return self.models.pop(alias, None) is not None
 
-    def watch(self, scores: Scores, champion: Model, champions: Scores) -> None:
-        """scores, champions: of the canary and of the champion, of the same events."""
-        if self._watch is not None:
+    def watch(self, version: str, scores: Scores, champion: Model, champions: Scores) -> None:
+        """scores, champions: of this canary, if it still is, and of the champion, of the same events."""
+        if self._watch is not None and self._watch.model.card.version == version:
             self._watch.both(scores, champion, champions)
 
     def _take_back(self, breach: Breach) -> None:

@@ -98,8 +98,8 @@ async def test_in_the_shadow_each_model_scores_what_it_did_not_decide() -> None:
         assert found[id_].challengers == dict.fromkeys(
             ("canary", "challenger-x"), shadows.Scored("2", theirs[i])
         )
-    ((scores, champion, champions),) = bench.watched
-    assert (scores.tolist(), champion.card.version, champions.tolist()) == (theirs, "1", ours)
+    ((version, scores, champion, champions),) = bench.watched
+    assert (version, scores.tolist(), champion.card.version, champions.tolist()) == ("2", theirs, "1", ours)
 
 
 # --- whole workers, and what befalls them -------------------------------------------------------

@@ -278,7 +278,7 @@ def noted(world: World, version: str = "second") -> Canary:
 async def test_a_canary_comes_grows_and_goes(tried: World) -> None:
     assert tried.versions == {CHAMPION: FIRST, CANARY: "second"}
     assert (tried.serving.shares, tried.serving.taken_back) == ({CANARY: 20}, {})
-    assert tried.told[-1] == "shop: canary, second, decides for 20 % of buyers from now on"
+    assert tried.told[-1] == "shop: canary, second, decides for 20 % by buyer from now on"
     model = tried.serving.models[CANARY]
     tried.life.set_canary(CANARY, 50)  # by its alias
     await tried.look()
@@ -447,10 +447,16 @@ async def test_a_canary_that_decides_otherwise_is_taken_back(tried: World) -> No
     champion, canary = tried.serving.models[CHAMPION], tried.serving.models[CANARY]
     alike = np.linspace(0, 1, EVENTS).astype(np.float32)
     for _ in range(3):
-        tried.serving.watch(alike, champion, alike)
+        tried.serving.watch("second", alike, champion, alike)
         await tried.look()
         assert tried.serving.models[CANARY] is canary
-    tried.serving.watch(np.where(alike > 0.7, np.float32(np.nan), alike), champion, alike)
+    bad = np.where(alike > 0.7, np.float32(np.nan), alike)
+    tried.serving.watch(
+        "before", bad, champion, alike
+    )  # of another that was the canary when they were asked for
+    await tried.look()
+    assert CANARY in tried.versions
+    tried.serving.watch("second", bad, champion, alike)
     await tried.look()
     assert (tried.versions, noted(tried).rail) == ({CHAMPION: FIRST}, "scores")
     assert "has 'no number' for 30.00% of 2,000 events, of which the champion has it for 0.00%" in str(
