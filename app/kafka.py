@@ -371,16 +371,21 @@ async def read_between(
             open_ = {tp for tp in open_ if await consumer.position(tp) < ends[tp]}
 
 
-async def tail(
-    address: str, topics: Iterable[str], since_ms: int
-) -> AsyncGenerator[tuple[list[Any], int], None]:
-    """Records of topics that came from a time on, and those that come, for ever: some at a time, with how many are
-    left.
+@dataclass(frozen=True)
+class Some:
+    """Records that were read. left: how many are there that were not; whole: all that was there at the start was."""
 
-    Records of a partition are in its order. An empty list comes about twice a second while nothing does.
+    records: list[Any]
+    left: int
+    whole: bool
+
+
+async def tail(address: str, topics: Iterable[str], since_ms: int) -> AsyncGenerator[Some, None]:
+    """Records of topics that came from a time on, and those that come, for ever.
+
+    Those of a partition are in its order. Without any it gives an empty list about twice a second.
     """
-    counts = await partitions_of(address, topics)
-    spans = await offsets_of(address, counts, since_ms)
+    spans = await offsets_of(address, await partitions_of(address, topics), since_ms)
     ends = {TopicPartition(s.topic, s.partition): s.end for s in spans}
     async with _asking(address) as consumer:
         consumer.assign(list(ends))
@@ -389,7 +394,10 @@ async def tail(
             consumer.seek(TopicPartition(span.topic, span.partition), span.first)
         while True:
             got = await consumer.getmany(timeout_ms=500, max_records=5000)
-            left = 0
-            for tp, end in ends.items():
-                left += max(0, (consumer.highwater(tp) or end) - await consumer.position(tp))
-            yield [record for records in got.values() for record in records], left
+            at = {tp: await consumer.position(tp) for tp in ends}
+            now = {tp: max(end, consumer.highwater(tp) or end) for tp, end in ends.items()}
+            yield Some(
+                [record for records in got.values() for record in records],
+                sum(max(0, now[tp] - at[tp]) for tp in ends),
+                all(at[tp] >= end for tp, end in ends.items()),
+            )

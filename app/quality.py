@@ -38,6 +38,8 @@ from models.scoring import ModelError
 from models.splits import label_delay
 from tables.model_folder import CANARY, CHAMPION
 
+BEHIND = 20_000  # records, of a stream that comes all the time: a second or so
+
 _Family = tuple[str, str, list[str]]
 
 OF_VERSION: dict[str, str] = {
@@ -77,8 +79,8 @@ _decode = msgspec.json.Decoder(Made).decode
 
 
 class Quality:
-    """realised: what is known. left: records to be read, None before the first. away: why the registry cannot be
-    asked."""
+    """realised: what is known. left: records to be read, None before the first. whole: what was there at the start has
+    been read. away: why the registry cannot be asked."""
 
     def __init__(
         self, life: ModelLife, days: int, most: int, bounds: Bounds, tell: Callable[[str], None]
@@ -94,6 +96,7 @@ class Quality:
         self.realised = Realised(days, label_delay(pipeline), most)
         self.topics = [pipeline.predictions, pipeline.shadow, pipeline.labels.topic]
         self.left: int | None = None
+        self.whole = False
         self.away: str | None = None
 
     @property
@@ -160,11 +163,12 @@ class Quality:
         theirs, _ = self.realised.of(champion, [canary])
         return of_quality(canary, ours.ap, theirs.ap, ours.positives, self._bounds)
 
-    async def ready(self) -> str | None:
+    @property
+    def behind(self) -> str | None:
         """Why its figures are not those of all records, if they are not."""
         if self.left is None:
             return "Nothing is read yet; it waits for Kafka."
-        return None if self.left == 0 else f"{self.left:,} records are still to be read."
+        return None if self.whole and self.left <= BEHIND else f"{self.left:,} records are still to be read."
 
 
 class QualityCollector(Collector):
@@ -201,7 +205,11 @@ async def _run(quality: Quality, address: str, host: str, port: int, every_s: fl
     registry.register(QualityCollector(quality))
     ProcessCollector(registry=registry)
     application = web.Application()
-    application.add_routes(pages(registry, quality.ready))
+
+    async def ready() -> str | None:
+        return quality.behind
+
+    application.add_routes(pages(registry, ready))
     runner = await serve(application, host, port)
     say(f"http://{host}:{port}/metrics")
     work = asyncio.gather(_read(quality, address), _look(quality, every_s))
@@ -215,9 +223,9 @@ async def _run(quality: Quality, address: str, host: str, port: int, every_s: fl
 async def _read(quality: Quality, address: str) -> None:
     since = time.time_ns() // 1_000_000 - quality.reach
     try:
-        async for records, left in kafka.tail(address, quality.topics, since):
-            quality.take(records)
-            quality.left = left
+        async for some in kafka.tail(address, quality.topics, since):
+            quality.take(some.records)
+            quality.left, quality.whole = some.left, some.whole
             await asyncio.sleep(0)  # who asks for metrics is answered while much is read
     except KafkaError as error:
         raise HeadraceError(
@@ -228,7 +236,7 @@ async def _read(quality: Quality, address: str) -> None:
 async def _look(quality: Quality, every_s: float) -> None:
     while True:
         await asyncio.sleep(every_s)
-        if quality.left == 0:  # with half of the records read one version may have more of them
+        if quality.behind is None:  # with half of the records read one version may have more of them
             await quality.look()
 
 

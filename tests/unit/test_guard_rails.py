@@ -17,7 +17,7 @@ from app import canary_watch
 from app.canary_watch import Watch
 from app.errors import RegistryError
 from app.model_life import ModelLife
-from app.quality import NoLabels, Quality
+from app.quality import BEHIND, NoLabels, Quality
 from models import guard_rails
 from models.canary import Canary
 from models.evaluation import DAY_MS
@@ -240,12 +240,14 @@ async def test_a_registry_that_is_away_is_told_once(bench: Bench, monkeypatch: p
     assert bench.life.registry.canary("shop", "poor").rail == "quality"  # type: ignore[union-attr]
 
 
-async def test_it_says_whether_its_figures_are_of_all(bench: Bench) -> None:
-    assert "Nothing is read yet" in str(await bench.quality.ready())
+def test_it_says_whether_its_figures_are_of_all(bench: Bench) -> None:
+    assert "Nothing is read yet" in str(bench.quality.behind)
     bench.quality.left = 1200
-    assert await bench.quality.ready() == "1,200 records are still to be read."
-    bench.quality.left = 0
-    assert await bench.quality.ready() is None
+    assert bench.quality.behind == "1,200 records are still to be read."
+    bench.quality.whole = True
+    assert bench.quality.behind is None  # more come all the time
+    bench.quality.left = BEHIND + 1
+    assert bench.quality.behind == "20,001 records are still to be read."
 
 
 def test_without_labels_there_is_nothing_to_judge_by(tmp_path: Any) -> None:
