@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from agents.outbox import Outbox
-from models.events import given_ids, streams_of
+from models.events import Batch, given_ids, key_bytes, streams_of
 from models.pipeline import Pipeline
 from models.predictions import PredictionEncoder
+from models.records import keys_of
 from models.scoring import Model
 from models.shadows import Predicted
 from models.vectors import Vectors
@@ -40,6 +41,7 @@ class Score:
         self._vectors = Vectors(pipeline)
         self._encoder = PredictionEncoder(pipeline)
         self._ids = given_ids(pipeline)
+        self._keys = [keys_of(pipeline, number) for number in range(len(pipeline.entities) - 1)]
         self._pipeline = pipeline
         self._scored = np.array([stream.scored for stream in pipeline.streams])
         self.emitted: dict[int, int] = {}
@@ -69,7 +71,7 @@ class Score:
         scores = model.score_many(vectors)
         values = self._encoder.encode(
             ids, streams, events.times, vectors, scores, (outcomes == LATE) | (outcomes == TOO_LATE),
-            applied.degraded[on], model, logs, offsets,
+            applied.degraded[on], model, logs, offsets, self._keys_of(events),
         )  # fmt: skip
         # 3. predictions go to the partition of the log's number, so one number drops all doubles
         keys = [str(i).encode() for i in ids]
@@ -79,3 +81,9 @@ class Score:
         self._shadow(
             Predicted(ids, streams, events.times, vectors, logs, offsets, model.card.version, scores)
         )
+
+    def _keys_of(self, events: Batch) -> list[list[str | None]]:
+        """The key of each event, by entity. Those of the last one are the records' own."""
+        last = [None if key is None else key_bytes(key) for key in events.keys]
+        found = [*(keys(events) for keys in self._keys), last]
+        return [[None if key is None else key.decode() for key in keys] for keys in found]

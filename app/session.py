@@ -98,7 +98,7 @@ async def fresh(settings: Settings, pipeline: Pipeline, addresses: services.Addr
 
 
 class Process:
-    """`headrace worker` or `headrace api`, as a user would start it, in a session of its own."""
+    """`headrace worker`, `headrace api` or `headrace ledger run`, as a user would start it, in a session of its own."""
 
     def __init__(
         self, settings: Settings, pipeline: Pipeline, command: str, number: int = 1, **environment: str
@@ -106,11 +106,13 @@ class Process:
         """environment: further variables of the process."""
         self.name = command
         self.port = free_port()
-        self.log = settings.data_root / "logs" / f"{pipeline.instance}-{command}-{number}.log"
+        self.log = (
+            settings.data_root / "logs" / f"{pipeline.instance}-{command.replace(' ', '-')}-{number}.log"
+        )
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.unlink(missing_ok=True)
         self._arguments = [
-            sys.executable, "-m", "app.cli", command, "--pipeline", pipeline.name, "--as", pipeline.instance,
+            sys.executable, "-m", "app.cli", *command.split(), "--pipeline", pipeline.name, "--as", pipeline.instance,
             "--port", str(self.port),
         ]  # fmt: skip
         self._environment = (

@@ -156,6 +156,13 @@ class Settings(BaseSettings):
     worker_port: Port = Field(
         default=8081, description="Port of a worker's own pages: health, readiness, metrics."
     )
+    ledger_port: Port = Field(
+        default=8082, description="Port of the pages of `headrace ledger run`: health, readiness, metrics."
+    )
+    ledger_days: Count = Field(
+        default=90,
+        description="Days that predictions and labels stay in the ledger, counted from when they were sent.",
+    )
     partitions: Count = Field(
         default=8,
         description="Partitions of a topic that Headrace makes; the most workers that share a stage.",
