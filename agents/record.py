@@ -12,7 +12,7 @@ import msgspec
 
 from models.events import EARLIEST_MS, LATEST_MS, LabelDecoder
 from models.pipeline import Labels, Pipeline, Reversals
-from models.predictions import Origin, Place
+from models.predictions import Place
 from models.windows import NEGATIVE, POSITIVE
 from tables.ledger.writing import DAY_MS, Move, Row, Rows, TopicPartition
 from tables.profiles import Record
@@ -20,6 +20,10 @@ from tables.profiles import Record
 _LABELS = {NEGATIVE: 0, POSITIVE: 1}
 _Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _NUL = b"\\u0000"
+
+
+class _Origin(msgspec.Struct):
+    offset: _Int64
 
 
 class _Prediction(msgspec.Struct):
@@ -33,7 +37,7 @@ class _Prediction(msgspec.Struct):
     version: str
     definition: str
     late: bool
-    origin: Origin
+    origin: _Origin
     keys: dict[str, str | None] = {}
     features: msgspec.Raw = msgspec.Raw(b"null")
     degraded: bool = False

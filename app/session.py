@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -56,14 +56,15 @@ def with_own_models(settings: Settings, name: str) -> Settings:
 
 
 @contextlib.contextmanager
-def running_services(settings: Settings, report: Callable[[str, str], None]) -> Iterator[services.Addresses]:
-    """Kafka and Redis for as long as the run takes. Those that ran before go on.
+def running_services(
+    settings: Settings, report: Callable[[str, str], None], wanted: Sequence[str] = ("kafka", "redis")
+) -> Iterator[services.Addresses]:
+    """Kafka and Redis, or others, for as long as the run takes. Those that ran before go on.
 
     From here on SIGTERM is as good as Ctrl-C: both end what the run has started.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     before = {s.name for s in services.status(settings) if s.state in ("running", "configured")}
-    wanted = ("kafka", "redis")
     try:
         yield services.up(settings, wanted, report)
     finally:

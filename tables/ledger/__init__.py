@@ -9,10 +9,12 @@ reading      look-ups
 from asyncpg import exceptions
 
 # What is over by itself: no connection, a server that starts, stops, is full or a copy, a lock that others hold.
+# InternalClientError is what asyncpg says of a connection that the server has closed just now.
 AWAY = (
-    OSError, TimeoutError, exceptions.InterfaceError, exceptions.PostgresConnectionError,
-    exceptions.OperatorInterventionError, exceptions.InsufficientResourcesError, exceptions.TransactionRollbackError,
-    exceptions.LockNotAvailableError, exceptions.ReadOnlySQLTransactionError, exceptions.PostgresSystemError,
+    OSError, TimeoutError, exceptions.InterfaceError, exceptions.InternalClientError,
+    exceptions.PostgresConnectionError, exceptions.OperatorInterventionError,
+    exceptions.InsufficientResourcesError, exceptions.TransactionRollbackError, exceptions.LockNotAvailableError,
+    exceptions.ReadOnlySQLTransactionError, exceptions.PostgresSystemError,
 )  # fmt: skip
 
 # The tables are not there, or not as this code knows them.

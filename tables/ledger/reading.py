@@ -18,18 +18,8 @@ from models.pipeline import Pipeline
 ANSWER_S = 10.0
 MOST = 1000  # predictions of a page
 
-_OF_EVENT = """
-SELECT * FROM headrace.outcomes WHERE event = $1 AND pipeline = $2 AND id = $3
-ORDER BY scored_at DESC, "partition" DESC, "offset" DESC LIMIT $4
-"""
-# The keys' rows come in the order of their index, a page of them and no more.
-_OF_ENTITY = """
-WITH found AS (
-    SELECT pipeline, scored_at, "partition", "offset", event_time FROM headrace.prediction_keys
-    WHERE pipeline = $1 AND entity = $2 AND key = $3 AND event_time >= $4 AND event_time < $5 AND score >= $6
-        AND (event_time, scored_at, "partition", "offset") < ($7, $8, $9, $10)
-    ORDER BY event_time DESC, scored_at DESC, "partition" DESC, "offset" DESC LIMIT $11
-)
+# `found` are the rows of predictions that are wanted, and no more: only of these are labels looked up.
+_OUTCOMES = """
 SELECT p.*, l.label, l.known_at, l.sent_at AS labelled_at,
     EXISTS (
         SELECT FROM headrace.labels r WHERE r.event = p.event AND r.pipeline = p.pipeline AND r.reversed
@@ -41,7 +31,24 @@ LEFT JOIN LATERAL (
     WHERE l.event = p.event AND l.pipeline = p.pipeline AND NOT l.reversed
     ORDER BY sent_at DESC, l."partition" DESC, l."offset" DESC LIMIT 1
 ) l ON true
-ORDER BY f.event_time DESC, f.scored_at DESC, f."partition" DESC, f."offset" DESC
+"""
+_OF_EVENT = f"""
+WITH found AS (
+    SELECT pipeline, scored_at, "partition", "offset" FROM headrace.predictions
+    WHERE event = $1 AND pipeline = $2 AND id = $3
+    ORDER BY scored_at DESC, "partition" DESC, "offset" DESC LIMIT $4
+)
+{_OUTCOMES} ORDER BY scored_at DESC, "partition" DESC, "offset" DESC
+"""
+# The keys' rows come in the order of their index, a page of them.
+_OF_ENTITY = f"""
+WITH found AS (
+    SELECT pipeline, scored_at, "partition", "offset" FROM headrace.prediction_keys
+    WHERE pipeline = $1 AND entity = $2 AND key = $3 AND event_time >= $4 AND event_time < $5 AND score >= $6
+        AND (event_time, scored_at, "partition", "offset") < ($7, $8, $9, $10)
+    ORDER BY event_time DESC, scored_at DESC, "partition" DESC, "offset" DESC LIMIT $11
+)
+{_OUTCOMES} ORDER BY event_time DESC, scored_at DESC, "partition" DESC, "offset" DESC
 """
 _EVENTS = """
 SELECT event, event_time, keys FROM headrace.predictions

@@ -81,6 +81,11 @@ FROM unnest($1::text[], $2::int[], $3::bigint[], $4::bigint[], $5::timestamptz[]
 WHERE p.topic = m.topic AND p."partition" = m."partition"
 """
 _FORGET = "DELETE FROM headrace.positions WHERE topic = ANY($1::text[])"
+_CLEAR = {
+    "predictions": "DELETE FROM headrace.predictions WHERE pipeline = $1",
+    "prediction_keys": "DELETE FROM headrace.prediction_keys WHERE pipeline = $1",
+    "labels": "DELETE FROM headrace.labels WHERE pipeline = $1",
+}
 _DAYS = """
 SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
 WHERE i.inhparent = ANY($1::text[]::regclass[])
@@ -144,6 +149,7 @@ class Writer:
             await self._have_days(rows.days())
             return await self._write(rows)
         except asyncpg.CheckViolationError:  # somebody has dropped a day that we had made
+            self._days.clear()
             await self._have_days(rows.days())
             return await self._write(rows)
 
@@ -174,6 +180,13 @@ class Writer:
     async def forget(self, topics: Sequence[str]) -> None:
         """Read these topics from their beginning again. Rows stay, and what is there is not written twice."""
         async with self._transaction() as connection:
+            await connection.execute(_FORGET, list(topics))
+
+    async def clear(self, topics: Sequence[str]) -> None:
+        """Remove all of this instance: its rows, and how far these topics were read."""
+        async with self._transaction() as connection:
+            for table in PARTED:
+                await connection.execute(_CLEAR[table], self._pipeline)
             await connection.execute(_FORGET, list(topics))
 
     async def _have_days(self, days: Iterable[int]) -> None:
@@ -219,12 +232,18 @@ class Writer:
             self._connection = await asyncpg.connect(self._url, timeout=AT_MOST_S, command_timeout=AT_MOST_S)
             await self._connection.execute(_STAGE)
         try:
-            async with self._connection.transaction():
+            transaction = self._connection.transaction()
+            await transaction.start()
+            try:
                 yield self._connection
+            except Moved:
+                await transaction.rollback()
+                raise
+            await transaction.commit()
         except Moved:
             raise
         except BaseException:
-            self._connection.terminate()  # whatever state it is in, the next one is new
+            self._connection.terminate()  # whatever state it is in: the server rolls back, the next one is new
             raise
 
     async def close(self) -> None:
