@@ -26,6 +26,7 @@ POLL_S = 0.1
 AT_ONCE = 2000  # predictions that are made together
 LOOK_UPS = 500
 ENTITIES = 5000
+BEGIN_MS = 1_600_000_000_000
 
 
 def ledger(settings: Settings, name: str, rows: int) -> dict[str, Any]:
@@ -115,9 +116,10 @@ def _predictions(pipeline: Pipeline, rows: int, partitions: int) -> Iterator[tup
         ids = np.arange(start, min(start + AT_ONCE, rows))
         n, no = len(ids), np.zeros(len(ids), np.bool_)
         keys = [list(map(str, rng.integers(0, ENTITIES, n).tolist())) for _ in pipeline.entities]
+        times, vectors = BEGIN_MS + ids * 100, rng.normal(size=(n, len(pipeline.vector)))
         values = encoder.encode(
-            [*ids.tolist()], np.zeros(n, np.int64), 1_600_000_000_000 + ids * 100,
-            rng.normal(size=(n, len(pipeline.vector))), rng.random(n, np.float32), no, no, model, ids % partitions, ids // partitions, keys,
+            [*ids.tolist()], np.zeros(n, np.int64), times, vectors, rng.random(n, np.float32), no, no, model,
+            ids % partitions, ids // partitions, keys,
         )  # fmt: skip
         yield from zip((ids % partitions).tolist(), values, strict=True)
 

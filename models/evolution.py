@@ -180,6 +180,9 @@ def _reversals(before: Pipeline, after: Pipeline) -> Iterator[Change]:
     elif old is not None and new is not None and old.known != new.known:
         effect = f"reversals without {new.known} go to the dead letters (missing-field)"
         yield Change("reversals.known", f"{old.known} > {new.known}", "breaks", effect)
+    if old is not None and new is not None and old.looked_up and not new.looked_up:
+        effect = "reversals without their event's time and keys go to the dead letters (missing-field)"
+        yield Change("reversals.keys", "ledger > carried", "breaks", effect)
 
 
 def _needs_of_labels(pipeline: Pipeline) -> set[str]:
@@ -187,7 +190,8 @@ def _needs_of_labels(pipeline: Pipeline) -> set[str]:
     stream, labels = pipeline.stream, pipeline.labels
     assert labels is not None
     keys = {key for e in pipeline.entities if e.labelled for key in e.keys}
-    return keys | {stream.id, stream.time, labels.field, labels.known}
+    found = set() if labels.looked_up else keys | {stream.time}
+    return found | {stream.id, labels.field, labels.known}
 
 
 # --- entities and the rest -----------------------------------------------------------------------

@@ -6,14 +6,16 @@ Times are ms. What stands here may be some seconds behind the topics; `whole_at`
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import asyncpg
 import msgspec
 
 from models.errors import HeadraceError
+from models.events import Found, Known
 from models.pipeline import Pipeline
+from tables.ledger import AWAY
 
 ANSWER_S = 10.0
 MOST = 1000  # predictions of a page
@@ -39,7 +41,7 @@ WITH found AS (
     ORDER BY scored_at DESC, "partition" DESC, "offset" DESC LIMIT $4
 )
 {_OUTCOMES} ORDER BY scored_at DESC, "partition" DESC, "offset" DESC
-"""
+"""  # noqa: S608 - of constants
 # The keys' rows come in the order of their index, a page of them.
 _OF_ENTITY = f"""
 WITH found AS (
@@ -49,7 +51,7 @@ WITH found AS (
     ORDER BY event_time DESC, scored_at DESC, "partition" DESC, "offset" DESC LIMIT $11
 )
 {_OUTCOMES} ORDER BY event_time DESC, scored_at DESC, "partition" DESC, "offset" DESC
-"""
+"""  # noqa: S608 - likewise
 _EVENTS = """
 SELECT event, event_time, keys FROM headrace.predictions
 WHERE event = ANY($1::bigint[]) AND pipeline = $2 AND (stream IS NULL OR stream = $3)
@@ -116,22 +118,6 @@ class Page(NamedTuple):
     cursor: str | None
 
 
-class Event(NamedTuple):
-    """What the ledger knows of an event: its time, and its key of each entity."""
-
-    time: int
-    keys: Mapping[str, str | None]
-
-
-class Found(NamedTuple):
-    """Events by their 64-bit ids, the last one predicted first. whole_at: what was sent before is here, ms; None:
-    not yet.
-    """
-
-    events: dict[int, list[Event]]
-    whole_at: int | None
-
-
 class Ledger:
     """Look-ups of one pipeline's instance. Raises what asyncpg raises, and OSError, where the server is away."""
 
@@ -168,9 +154,9 @@ class Ledger:
         """What is known of events of the first stream, in one query. partitions: of the predictions' topic."""
         whole = (await self._fetch(_WHOLE, self._pipeline.predictions))[0]
         rows = await self._fetch(_EVENTS, ids, self._pipeline.instance, self._pipeline.stream.name)
-        events: dict[int, list[Event]] = {}
+        events: dict[int, list[Known]] = {}
         for row in rows:
-            events.setdefault(row["event"], []).append(Event(_ms(row["event_time"]), row["keys"]))
+            events.setdefault(row["event"], []).append(Known(_ms(row["event_time"]), row["keys"]))
         complete = whole["partitions"] >= partitions
         return Found(events, _ms(whole["whole_at"]) if complete else None)
 
@@ -219,6 +205,27 @@ class Ledger:
             labelled_at=None if row["labelled_at"] is None else _ms(row["labelled_at"]),
             reversed=row["reversed"],
         )
+
+
+class Events:
+    """What a router asks the ledger. `failing`: why it cannot say, while it cannot.
+
+    partitions: of the predictions' topic.
+    """
+
+    def __init__(self, ledger: Ledger, partitions: int) -> None:
+        self._ledger, self._partitions = ledger, partitions
+        self.failing: str | None = None
+
+    async def find(self, ids: Sequence[int]) -> Found | None:
+        """What is known of these events, in one query. None while the ledger cannot say."""
+        try:
+            found = await self._ledger.events(ids, self._partitions)
+        except (*AWAY, asyncpg.PostgresError) as error:  # tables that are not made yet, too
+            self.failing = str(error) or type(error).__name__
+            return None
+        self.failing = None
+        return found
 
 
 async def _prepare(connection: Any) -> None:

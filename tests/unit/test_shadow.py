@@ -296,6 +296,6 @@ def test_a_challenger_alone_does_not_let_the_last_log_be_read() -> None:
     serving: Any = SimpleNamespace(models={"challenger-x": Other()})
     worker: Any = SimpleNamespace(pipeline=SHOP, in_step=None, serving=serving)
     partitions = Partitions(worker, "")
-    assert partitions.held_back == SHOP.entities[-1].log
+    assert partitions.held_back == {SHOP.entities[-1].log}
     serving.models["champion"] = simulation.Score()
-    assert partitions.held_back is None
+    assert partitions.held_back == frozenset()
