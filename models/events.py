@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from models.fields import Field, event_id, joined
+from models.fields import Field, joined
 from models.pipeline import Labels, Pipeline, Reversals
 from models.streams import WHICH, Stream
 from models.windows import EVENT, LABEL, NEGATIVE, NULL, POSITIVE, REVERSED, UNKNOWN, Bytes, Floats, Ints
@@ -195,7 +195,7 @@ class EventDecoder:
             kinds=np.full(n, EVENT, np.int8),
             labels=np.zeros(n, np.int8),
             times=times,
-            ids=_ids(stream, [getattr(e, stream.id) for e in events]),
+            ids=stream.identities([getattr(e, stream.id) for e in events]),
             clocks=times,
             fields=block,
             features=np.empty((n, 0)),
@@ -294,7 +294,7 @@ class LabelDecoder:
             states = np.array([_LABELS.get(g, UNKNOWN) for g in given], np.int8)
         times, _ = self.times([_given(x, stream.time) for x in found])
         clocks, _ = self.times([getattr(x, self._known) for x in found])
-        ids = _ids(stream, [getattr(x, stream.id) for x in found])
+        ids = stream.identities([getattr(x, stream.id) for x in found])
         keys = {e.name: _keys(found, e.keys) for e in self.entities}
         lacking = np.array([self._lacks(x) for x in found], np.bool_) if self._found else ~valid
         good = (times >= EARLIEST_MS) & (times < LATEST_MS) | (lacking & (times == NULL))
@@ -336,13 +336,6 @@ def _given(one: Any, name: str) -> Any:
     """What a record says, None where it says nothing."""
     value = getattr(one, name)
     return None if value is msgspec.UNSET else value
-
-
-def _ids(stream: Stream, ids: list[Any]) -> Ints:
-    if ids and isinstance(ids[0], str):
-        ids = [event_id(i) for i in ids]
-    found = np.array(ids, np.int64)
-    return found ^ stream.salt if stream.salt else found
 
 
 def _keys(events: list[Any], names: Sequence[str]) -> list[Key]:
@@ -518,5 +511,5 @@ def given_ids(pipeline: Pipeline) -> Callable[[Batch], list[int | str]]:
 
 __all__ = [
     "LABEL", "Batch", "Decoded", "EventDecoder", "Key", "LabelBatch", "LabelDecoder", "Labels", "Reason", "Reject",
-    "clocks", "event_id", "key_bytes", "scaled", "texts",
+    "clocks", "key_bytes", "scaled", "texts",
 ]  # fmt: skip
