@@ -183,6 +183,7 @@ async def test_the_ledger_equals_the_topic_whoever_is_killed(
             rows = await filled(postgres_url, pipeline, len(told))
             await filled(postgres_url, pipeline, 3000, "labels")
             for each in processes:
+                await each.ready()
                 assert each.stop() == 0
         finally:
             for each in processes:
