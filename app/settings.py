@@ -157,7 +157,7 @@ class Settings(BaseSettings):
         default=8081, description="Port of a worker's own pages: health, readiness, metrics."
     )
     ledger_port: Port = Field(
-        default=8082, description="Port of the pages of `headrace ledger run`: health, readiness, metrics."
+        default=8090, description="Port of the pages of `headrace ledger run`: health, readiness, metrics."
     )
     ledger_days: Count = Field(
         default=90,
