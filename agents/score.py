@@ -8,7 +8,7 @@ import numpy as np
 
 from agents.outbox import Outbox
 from models.canary import Side, chosen
-from models.events import Batch, given_ids, streams_of
+from models.events import Batch, given_ids, key_bytes, streams_of
 from models.pipeline import Pipeline
 from models.predictions import PredictionEncoder
 from models.records import keys_of
@@ -45,7 +45,8 @@ class Score:
         self._shares, self._shadow, self._drop = shares, shadow, drop
         self._vectors = Vectors(pipeline)
         self._encoder = PredictionEncoder(pipeline)
-        self._ids, self._keys = given_ids(pipeline), keys_of(pipeline, 0)
+        self._ids = given_ids(pipeline)
+        self._keys = [keys_of(pipeline, number) for number in range(len(pipeline.entities) - 1)]
         self._pipeline = pipeline
         self._scored = np.array([stream.scored for stream in pipeline.streams])
         self.emitted: dict[int, int] = {}
@@ -72,10 +73,12 @@ class Score:
         vectors = self._vectors.of(events.fields, features)
         ids, streams, offsets = self._ids(events), streams_of(self._pipeline, events), applied.offsets[on]
         model = self._models[CHAMPION]
-        scores, canary = self._scores(model, events, vectors)
+        by_entity = self._keys_of(events)
+        scores, canary = self._scores(model, by_entity[0], vectors)
+        keyed = [[None if key is None else key.decode() for key in keys] for keys in by_entity]
         values = self._encoder.encode(
             ids, streams, events.times, vectors, scores, (outcomes == LATE) | (outcomes == TOO_LATE),
-            applied.degraded[on], model, logs, offsets, canary,
+            applied.degraded[on], model, logs, offsets, keyed, canary,
         )  # fmt: skip
         # 3. predictions go to the partition of the log's number, so one number drops all doubles
         keys = [str(i).encode() for i in ids]
@@ -84,11 +87,11 @@ class Score:
         # 4. and challengers may score them, too
         self._shadow(Predicted(ids, streams, events.times, vectors, logs, offsets, model, scores, canary))
 
-    def _scores(self, champion: Model, events: Batch, vectors: Floats) -> tuple[Scores, Side | None]:
+    def _scores(self, champion: Model, keys: list[bytes | None], vectors: Floats) -> tuple[Scores, Side | None]:
         """Of each event the score of who decides for its entity: one call of each model, over its rows alone."""
         canary = self._models.get(CANARY)
         if canary is not None:
-            its = chosen(self._keys(events), canary.card.version, self._shares[CANARY])
+            its = chosen(keys, canary.card.version, self._shares[CANARY])
             given = self._tried(canary, vectors[its]) if its.any() else None
             if given is not None:
                 scores = np.empty(len(vectors), np.float32)
@@ -105,3 +108,8 @@ class Score:
         except Exception as error:  # whatever a graph may raise, the worker goes on
             self._drop(CANARY, canary.card.version, error)
             return None
+
+    def _keys_of(self, events: Batch) -> list[list[bytes | None]]:
+        """The key of each event, by entity. Those of the last one are the records' own."""
+        last = [None if key is None else key_bytes(key) for key in events.keys]
+        return [*(keys(events) for keys in self._keys), last]

@@ -9,7 +9,19 @@ from typing import Any
 
 import click
 
-from app.commands import answers, bench, checkpoints, data, dlq, models, pipelines, processes, runs, services
+from app.commands import (
+    answers,
+    bench,
+    checkpoints,
+    data,
+    dlq,
+    ledger,
+    models,
+    pipelines,
+    processes,
+    runs,
+    services,
+)
 from models.errors import HeadraceError
 
 
@@ -37,7 +49,7 @@ for command in (
     services.up, services.down, services.status,
     pipelines.check, pipelines.schema, pipelines.topics, pipelines.features,
     checkpoints.checkpoints, data.data, models.train, models.models,
-    processes.worker, processes.api, processes.quality, processes.start, processes.replay,
+    processes.worker, processes.api, processes.quality, processes.start, processes.replay, ledger.ledger,
     answers.doctor, answers.explain, dlq.dlq,
     runs.demo, runs.chaos, bench.bench,
 ):  # fmt: skip

@@ -41,6 +41,9 @@ HELD: _Family = (
 REBALANCES: _Family = ("headrace_rebalances", "How often partitions were shared out anew", [])
 PREDICTIONS: _Family = ("headrace_predictions", "Predictions sent to Kafka", [])
 ROUTED: _Family = ("headrace_routed", "Records of a topic that were written to the entities' logs", ["topic"])
+ROUTED_WAITING: _Family = (
+    "headrace_routed_waiting", "Records of a topic that wait for what the ledger knows", ["topic"],
+)  # fmt: skip
 DEAD_LETTERS: _Family = ("headrace_dead_letters", "Records sent to the dead letters", [])
 MIRRORED: _Family = ("headrace_mirrored", "Profiles written to the mirror", [])
 MIRROR_REBUILDING: _Family = (
@@ -102,16 +105,17 @@ class WorkerCollector(Collector):
         held = GaugeMetricFamily(*_of(HELD))
         for tp in sorted(worker.partitions.held):
             held.add_metric([tp.topic, str(tp.partition)], 1)
-        routed = CounterMetricFamily(*_of(ROUTED))
+        routed, waiting = CounterMetricFamily(*_of(ROUTED)), GaugeMetricFamily(*_of(ROUTED_WAITING))
         for topic, route in worker.routes.items():
             routed.add_metric([topic], route.routed)
+            waiting.add_metric([topic], route.waiting)
         yield from (records, profiles, sizes, loaded, evicted, skews, positions, held)
         yield from _of_models(worker.serving)
         yield CounterMetricFamily(*SHADOWS[:2], value=worker.shadow.sent)
         yield CounterMetricFamily(*SHADOWS_MISSED[:2], value=worker.shadow.missed)
         yield CounterMetricFamily(*REBALANCES[:2], value=worker.partitions.rebalances)
         yield CounterMetricFamily(*PREDICTIONS[:2], value=worker.score.predicted)
-        yield routed
+        yield from (routed, waiting)
         yield CounterMetricFamily(*DEAD_LETTERS[:2], value=worker.dead_letters)
         yield CounterMetricFamily(*MIRRORED[:2], value=worker.mirror.written)
         yield GaugeMetricFamily(*MIRROR_UP[:2], value=worker.mirror.failing is None)

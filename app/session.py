@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -56,14 +56,15 @@ def with_own_models(settings: Settings, name: str) -> Settings:
 
 
 @contextlib.contextmanager
-def running_services(settings: Settings, report: Callable[[str, str], None]) -> Iterator[services.Addresses]:
-    """Kafka and Redis for as long as the run takes. Those that ran before go on.
+def running_services(
+    settings: Settings, report: Callable[[str, str], None], wanted: Sequence[str] = ("kafka", "redis")
+) -> Iterator[services.Addresses]:
+    """Kafka and Redis, or others, for as long as the run takes. Those that ran before go on.
 
     From here on SIGTERM is as good as Ctrl-C: both end what the run has started.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     before = {s.name for s in services.status(settings) if s.state in ("running", "configured")}
-    wanted = ("kafka", "redis")
     try:
         yield services.up(settings, wanted, report)
     finally:
@@ -98,7 +99,7 @@ async def fresh(settings: Settings, pipeline: Pipeline, addresses: services.Addr
 
 
 class Process:
-    """`headrace worker` or `headrace api`, as a user would start it, in a session of its own."""
+    """`headrace worker`, `headrace api` or `headrace ledger run`, as a user would start it, in a session of its own."""
 
     def __init__(
         self, settings: Settings, pipeline: Pipeline, command: str, number: int = 1, **environment: str
@@ -106,11 +107,13 @@ class Process:
         """environment: further variables of the process."""
         self.name = command
         self.port = free_port()
-        self.log = settings.data_root / "logs" / f"{pipeline.instance}-{command}-{number}.log"
+        self.log = (
+            settings.data_root / "logs" / f"{pipeline.instance}-{command.replace(' ', '-')}-{number}.log"
+        )
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.unlink(missing_ok=True)
         self._arguments = [
-            sys.executable, "-m", "app.cli", command, "--pipeline", pipeline.name, "--as", pipeline.instance,
+            sys.executable, "-m", "app.cli", *command.split(), "--pipeline", pipeline.name, "--as", pipeline.instance,
             "--port", str(self.port),
         ]  # fmt: skip
         self._environment = (

@@ -157,6 +157,18 @@ class Settings(BaseSettings):
     worker_port: Port = Field(
         default=8081, description="Port of a worker's own pages: health, readiness, metrics."
     )
+    ledger_port: Port = Field(
+        default=8090, description="Port of the pages of `headrace ledger run`: health, readiness, metrics."
+    )
+    ledger_days: Count = Field(
+        default=90,
+        description="Days that predictions and labels stay in the ledger, counted from when they were sent.",
+    )
+    label_wait_s: Annotated[float, Field(ge=0)] = Field(
+        default=300.0,
+        description="Seconds that the event of a label without keys (`keys: ledger`) may take to come to the ledger; "
+        "then the label is a dead letter.",
+    )
     partitions: Count = Field(
         default=8,
         description="Partitions of a topic that Headrace makes; the most workers that share a stage.",

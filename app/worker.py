@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
@@ -28,7 +28,7 @@ from agents.flush import Flush
 from agents.in_step import InStep
 from agents.mirror import MirrorAgent
 from agents.outbox import Outbox
-from agents.route import Route, routes
+from agents.route import Asking, KnowsEvents, Route, asks, routes
 from agents.score import Score
 from agents.shadow import Shadow
 from agents.stage import Stage
@@ -86,10 +86,13 @@ class Partitions:
         return bool(self.held)
 
     @property
-    def held_back(self) -> str | None:
-        """The log that nobody can score yet: it is not read, for what was folded passes unscored."""
+    def held_back(self) -> frozenset[str]:
+        """The log that nobody can score yet, for what was folded passes unscored; and what waits for the ledger."""
         worker = self._worker
-        return None if CHAMPION in worker.serving.models else worker.pipeline.entities[-1].log
+        full = {topic for topic, route in worker.routes.items() if isinstance(route, Asking) and route.full}
+        if CHAMPION not in worker.serving.models:
+            full.add(worker.pipeline.entities[-1].log)
+        return frozenset(full)
 
     async def take(
         self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer
@@ -302,6 +305,8 @@ class Worker:
             if self._checkpoints
             else None
         )
+        self._ledger: Any = None
+        self.events: KnowsEvents | None = self._look_ups(addresses) if asks(pipeline) else None
         # Made when the loop runs, by `start`.
         self.producer: Producer
         self.shadow_producer: Producer
@@ -340,6 +345,12 @@ class Worker:
             len(codec.writers) if own else 1,
         )  # fmt: skip
 
+    def _look_ups(self, addresses: Addresses) -> KnowsEvents:
+        from tables.ledger import reading  # asyncpg is loaded by whom it is for
+
+        self._ledger = reading.Ledger(addresses.postgres_url, self.pipeline, connections=1)
+        return reading.Events(self._ledger, self._counts[self.pipeline.predictions])
+
     async def start(self) -> None:
         """Before the first partition is assigned."""
         pipeline = self.pipeline
@@ -364,6 +375,9 @@ class Worker:
         self._background(self.control.tell_missing())
         self._background(self.flush.run())
         self._background(self.mirror.run())
+        for route in self.routes.values():
+            if isinstance(route, Asking):
+                self._background(route.run())
         if self.checkpoint is not None:
             self._background(self.checkpoint.run())
         api = create_api(pipeline, self._mirror, metrics.registry(self), self._ready)
@@ -387,7 +401,10 @@ class Worker:
             pipeline, self.stages[-1], models, self.serving.shares, self.outbox, self._reject, self.shadow.take,
             self.serving.drop,
         )  # fmt: skip
-        found = routes(pipeline, self.outbox, self._reject_record, self._counts)
+        found = routes(
+            pipeline, self.outbox, self._reject_record, self._counts, self.events,
+            round(self.settings.label_wait_s * 1000), self._now_ms,
+        )  # fmt: skip
         self.routes = {route.topic: route for route in found}
         self.flush = Flush(
             self.stages, found, self.outbox, self.partitions.committed, self.settings.profiles_mib * 2**20
@@ -404,6 +421,8 @@ class Worker:
         if self._web is not None:
             await self._web.cleanup()
         await self._mirror.close()
+        if self._ledger is not None:
+            await self._ledger.close()
         await self.producer.stop()
         await self.shadow_producer.stop()
         self.watchdog.stop()
@@ -484,18 +503,23 @@ class Worker:
         return time.time_ns() // 1_000_000
 
     async def _ready(self) -> str | None:
+        return next(self._troubles(), None)
+
+    def _troubles(self) -> Iterator[str]:
+        """What keeps it from its work, the worst first."""
         if not self.partitions.taken:
-            return "The worker holds no partitions yet; it waits for Kafka to assign some."
+            yield "The worker holds no partitions yet; it waits for Kafka to assign some."
         if CHAMPION not in self.serving.models:
-            return f"Nothing is scored: {self.serving.why}"
+            yield f"Nothing is scored: {self.serving.why}"
         since = self.outbox.since
         if since is not None and (waited := self._now_ms() - since) > SILENT_MS:
-            return f"Kafka has not acknowledged a batch for {waited // 1000} s; the worker waits."
+            yield f"Kafka has not acknowledged a batch for {waited // 1000} s; the worker waits."
         if self.mirror.failing is not None:
-            return f"Redis does not take the mirror ({self.mirror.failing}); the stream goes on."
+            yield f"Redis does not take the mirror ({self.mirror.failing}); the stream goes on."
         if self.mirror.rebuilding:
-            return f"The mirror of {self.mirror.rebuilding} partitions is written anew; the stream goes on."
-        return None
+            yield f"The mirror of {self.mirror.rebuilding} partitions is written anew; the stream goes on."
+        if self.events is not None and self.events.failing is not None:
+            yield f"The ledger does not answer ({self.events.failing}); labels wait for it, the stream goes on."
 
 
 class App(faust.App):  # type: ignore[misc]

@@ -2,7 +2,8 @@
 
     {"id": 7, "event_time": 1378000000000, "score": 0.41, "decision": "review", "model": "card-fraud",
      "version": "5f0c...", "definition": "7cb3...", "late": false,
-     "degraded": false, "origin": {"partition": 3, "offset": 1201}, "features": {"TX_AMOUNT": 57.16, ...}}
+     "degraded": false, "origin": {"partition": 3, "offset": 1201}, "keys": {"customer": "7", "terminal": "12"},
+     "features": {"TX_AMOUNT": 57.16, ...}}
 
 A pipeline of several streams says in `stream`, behind the id, of which the event is.
 
@@ -12,6 +13,7 @@ compute the prediction again, and it is the one number by which a consumer drops
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -39,13 +41,21 @@ class PredictionEncoder:
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
         self._features: Any = None
+        names = [entity.name for entity in pipeline.entities]
+        places = [f"e{n}" for n in range(len(names))]  # for a name may be none of Python's
+        self._keys: Any = msgspec.defstruct(
+            "Keys",
+            [(place, str | None) for place in places],
+            rename=dict(zip(places, names, strict=True)),
+            gc=False,
+        )
         # Omitted where there is but one stream.
-        names = [stream.name for stream in pipeline.streams]
-        self._streams: list[Any] = names if len(names) > 1 else [msgspec.UNSET]
+        streams = [stream.name for stream in pipeline.streams]
+        self._streams: list[Any] = streams if len(streams) > 1 else [msgspec.UNSET]
         fields: list[tuple[str, Any]] = [
             ("id", Any), ("stream", str | msgspec.UnsetType), ("event_time", int), ("score", float),
             ("decision", str), ("model", str), ("version", str), ("definition", str), ("late", bool),
-            ("degraded", bool), ("origin", Origin),
+            ("degraded", bool), ("origin", Origin), ("keys", self._keys),
         ]  # fmt: skip
         if pipeline.predictions_carry_features:
             self._features = msgspec.defstruct(
@@ -57,10 +67,14 @@ class PredictionEncoder:
 
     def encode(
         self, ids: list[int | str], streams: Ints, times: Ints, vectors: Floats, scores: Scores, late: Mask,
-        degraded: Mask, model: Model, partitions: Ints, offsets: Ints, canary: Side | None = None,
+        degraded: Mask, model: Model, partitions: Ints, offsets: Ints, keys: Sequence[Sequence[str | None]],
+        canary: Side | None = None,
     ) -> list[bytes]:  # fmt: skip
-        """Encode n events with the model's scores. NaN becomes null. streams: (n,) numbers; late, degraded: (n,);
-        canary: those that another model has scored."""
+        """Encode n events with the model's scores. NaN becomes null.
+
+        streams: (n,) numbers; late, degraded: (n,); keys: of each entity, its n keys; canary: those that another model
+        has scored.
+        """
         decisions, versions = model.decide(scores), [model.card.version] * len(ids)
         if canary is not None:
             decided = canary.model.decide(scores[canary.mask])
@@ -68,24 +82,27 @@ class PredictionEncoder:
                 decisions[i], versions[i] = decision, canary.model.card.version
         card, definition = model.card, self.pipeline.definition
         prediction, features, encode, names = self._prediction, self._features, self._encode, self._streams
+        keyed = itertools.starmap(self._keys, zip(*keys, strict=True))
         tails = [(features(*row),) for row in vectors.tolist()] if features else [()] * len(ids)
         return [
             encode(
                 prediction(
                     id_, names[stream], time, score, decision, card.pipeline, version, definition, is_late,
-                    is_degraded, Origin(partition, offset), *tail,
+                    is_degraded, Origin(partition, offset), keys_, *tail,
                 )
             )
-            for id_, stream, time, score, decision, version, is_late, is_degraded, partition, offset, tail in zip(
+            for (
+                id_, stream, time, score, decision, version, is_late, is_degraded, partition, offset, keys_, tail,
+            ) in zip(
                 ids, streams.tolist(), times.tolist(), scores.astype(np.float64).tolist(), decisions, versions,
-                late.tolist(), degraded.tolist(), partitions.tolist(), offsets.tolist(), tails, strict=True,
+                late.tolist(), degraded.tolist(), partitions.tolist(), offsets.tolist(), keyed, tails, strict=True,
             )
         ]  # fmt: skip
 
 
 class Prediction(msgspec.Struct):
     """A prediction as a consumer reads it. `features` is absent where the pipeline leaves them out, `stream` where
-    it has one stream.
+    it has one stream. keys: by entity, as text; null where the event has none.
     """
 
     id: int | str
@@ -97,6 +114,7 @@ class Prediction(msgspec.Struct):
     definition: str
     late: bool
     origin: Origin
+    keys: dict[str, str | None] = {}
     features: dict[str, float | None] = {}
     degraded: bool = False
     stream: str | None = None

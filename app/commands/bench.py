@@ -80,3 +80,14 @@ def bench_fold(repeats: int, hot_seconds: int, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON line.")
 def bench_memory(name: str, profiles: int, mib: int, as_json: bool) -> None:
     """What it costs to have more profiles than memory: one stage, without Kafka."""
+
+
+@bench.command("ledger", epilog="Example: headrace bench ledger --rows 100000 --json")
+@click.option("--pipeline", "-p", "name", default="card-fraud", show_default=True, metavar="NAME")
+@click.option("--rows", default=200_000, show_default=True, help="How many predictions there are.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line.")
+def bench_ledger(name: str, rows: int, as_json: bool) -> None:
+    """Rows/s of one process that writes a backlog of predictions to PostgreSQL, and look-ups then."""
+    from app.bench_ledger import ledger
+
+    _bench_result(ledger(common.settings(), name, rows), as_json)

@@ -37,3 +37,13 @@ def test_latency_under_an_open_load(trained: Settings) -> None:
     assert result["missing"] == 0
     assert result["events"] >= 4 * 500 - 5
     assert 0 < result["p50_ms"] <= result["p99_ms"] <= result["max_ms"]
+
+
+@pytest.mark.timeout(300)
+def test_the_ledger_takes_a_backlog(world: Settings, postgres_url: str) -> None:
+    result = bench("ledger", "--rows", "20000")
+    assert result["predictions"] == 20_000
+    assert (
+        min(result["rows_per_s"], result["cpu_us_per_row"], result["event_p50_ms"], result["entity_p50_ms"])
+        > 0
+    )

@@ -18,6 +18,7 @@ from app.api.server import Features, Problem, create_api
 from app.cli import main
 from app.explain import Explanation, Place, Served
 from app.kafka import wanted_topics
+from app.ledger import LedgerCollector
 from app.metrics import WorkerCollector
 from app.quality import QualityCollector
 from app.settings import Settings, variable
@@ -128,7 +129,7 @@ def worker_metrics() -> dict[str, set[str]]:
         ),
         score=SimpleNamespace(predicted=0),
         shadow=SimpleNamespace(sent=0, missed=0),
-        routes={"labels": SimpleNamespace(routed=0)},
+        routes={"labels": SimpleNamespace(routed=0, waiting=0)},
         dead_letters=0,
         mirror=SimpleNamespace(written=0, failing=None, rebuilding=0),
         checkpoint=SimpleNamespace(
@@ -161,6 +162,13 @@ def quality_metrics() -> dict[str, set[str]]:
     return {s.name: set(s.labels) for family in QualityCollector(quality).collect() for s in family.samples}
 
 
+def ledger_metrics() -> dict[str, set[str]]:
+    """Names and labels of the metrics of a process of the ledger."""
+    recorder = SimpleNamespace(dropped=0, foreign=0, expired=0)
+    ledger: Any = SimpleNamespace(recorder=recorder, rows=0, away=None, lags=lambda: [("topic", 0, 1)])
+    return {s.name: set(s.labels) for family in LedgerCollector(ledger).collect() for s in family.samples}
+
+
 async def _ready() -> str | None:
     return None
 
@@ -169,7 +177,7 @@ def test_every_metric() -> None:
     rows = re.findall(r"^\| `(headrace_\w+)` \|(.*?)\|", page("metrics.md"), re.MULTILINE)
     shown = {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in rows}
     assert len(api_metrics()) >= 2
-    assert shown == worker_metrics() | api_metrics() | quality_metrics()
+    assert shown == worker_metrics() | api_metrics() | quality_metrics() | ledger_metrics()
 
 
 def test_every_route() -> None:

@@ -47,7 +47,7 @@ def encode(
     return encoder.encode(
         ids or list(range(n)), np.zeros(n, np.int64), np.arange(n) + 1000, np.array(vectors).reshape(n, WIDTH),
         model.score_many(range(n)), np.arange(n) % 2 == 1, np.arange(n) % 3 == 1, model, np.arange(n) + 3,
-        np.arange(n) + 2**40,
+        np.arange(n) + 2**40, [[str(i) for i in range(n)], [None] * n],
     )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_a_prediction_says_what_it_is_of_and_who_made_it() -> None:
     assert json.loads(first) == {
         "id": 7, "event_time": 1000, "score": 0.25, "decision": "pass", "model": "shop", "version": "5f0c",
         "definition": SHOP.definition, "late": False, "degraded": False,
-        "origin": {"partition": 3, "offset": 2**40},
+        "origin": {"partition": 3, "offset": 2**40}, "keys": {"customer": "0", "shop": None},
         "features": dict(zip(SHOP.vector, [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75], strict=True)),
     }  # fmt: skip
     read = decode(second)
@@ -84,7 +84,7 @@ def test_a_score_is_the_model_s_float32(score: float) -> None:
 
 def test_nan_is_null() -> None:
     value = encode([0.5], [math.nan] * WIDTH)[0]
-    assert value.count(b"null") == WIDTH
+    assert value.count(b"null") == WIDTH + 1  # and a key
     assert b"NaN" not in value
 
 

@@ -302,8 +302,8 @@ def test_a_crash_behind_the_predictions_leaves_some_without_a_shadow(
 
 def test_a_challenger_alone_does_not_let_the_last_log_be_read() -> None:
     serving: Any = SimpleNamespace(models={"challenger-x": Other()})
-    worker: Any = SimpleNamespace(pipeline=SHOP, in_step=None, serving=serving)
+    worker: Any = SimpleNamespace(pipeline=SHOP, in_step=None, serving=serving, routes={})
     partitions = Partitions(worker, "")
-    assert partitions.held_back == SHOP.entities[-1].log
+    assert partitions.held_back == {SHOP.entities[-1].log}
     serving.models["champion"] = simulation.Score()
-    assert partitions.held_back is None
+    assert partitions.held_back == frozenset()
