@@ -74,6 +74,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 Metric = Literal["ap", "auc"]
 Delivery = Literal["fenced", "transactional"]
+Without = Literal["wait", "fold", "features"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
@@ -188,6 +189,12 @@ class Settings(BaseSettings):
     promote_by: Metric | None = Field(
         default=None,
         description="Metric, ap or auc, in which a model must beat the champion on the same test days to be promoted.",
+    )
+    without_model: Without = Field(
+        default="wait",
+        description="What workers do with events while there is no model: wait (they stay in the last log until they can "
+        "be scored), fold (they are folded and never scored), or features (their predictions carry features and no "
+        "score).",
     )
     session_s: Annotated[int, Field(ge=6, le=60)] = Field(
         default=6,

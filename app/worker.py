@@ -89,7 +89,8 @@ class Partitions:
     def held_back(self) -> str | None:
         """The log that nobody can score yet: it is not read, for what was folded passes unscored."""
         worker = self._worker
-        return None if CHAMPION in worker.serving.models else worker.pipeline.entities[-1].log
+        waits = worker.settings.without_model == "wait" and CHAMPION not in worker.serving.models
+        return worker.pipeline.entities[-1].log if waits else None
 
     async def take(
         self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer
@@ -239,6 +240,11 @@ class Worker:
         settings: Settings, port: int,
     ) -> None:  # fmt: skip
         """counts: partitions by topic, from kafka.checked_partitions."""
+        if settings.without_model == "features" and not pipeline.predictions_carry_features:
+            raise HeadraceError(
+                f"HEADRACE_WITHOUT_MODEL is features, but predictions of {pipeline.name} carry none; drop "
+                "'predictions_carry_features: false' from the pipeline file, or let workers wait or fold."
+            )
         self.pipeline, self.serving = pipeline, serving
         self.settings = settings
         self.membership = Membership(settings.session_s, settings.instance_id)
@@ -317,6 +323,8 @@ class Worker:
         for stage in self.stages:
             stage.warm()
         await self.serving.look()
+        if CHAMPION not in self.serving.models:
+            say(f"{pipeline.instance}: {self._meanwhile}")
         self._background(self.serving.run())
         self._background(self.shadow.run())
         self._background(self.control.listen())
@@ -326,7 +334,7 @@ class Worker:
         self._background(self.mirror.run())
         if self.checkpoint is not None:
             self._background(self.checkpoint.run())
-        api = create_api(pipeline, self._mirror, metrics.registry(self), self._ready)
+        api = create_api(pipeline, self._mirror, metrics.registry(self), self._ready, remark=self._remark)
         self._web = await serve(api, self.settings.api_host, self._port)
         # What exists now lives as long as the process: no collection need look at it again.
         gc.collect()
@@ -343,7 +351,10 @@ class Worker:
             pipeline, models, self.outbox, lambda: Outbox(self.shadow_producer, self._now_ms, _tell_unsent),
             self.serving.drop,
         )  # fmt: skip
-        self.score = Score(pipeline, self.stages[-1], models, self.outbox, self._reject, self.shadow.take)
+        self.score = Score(
+            pipeline, self.stages[-1], models, self.outbox, self._reject, self.shadow.take,
+            self.settings.without_model,
+        )  # fmt: skip
         found = routes(pipeline, self.outbox, self._reject_record, self._counts)
         self.routes = {route.topic: route for route in found}
         self.flush = Flush(
@@ -433,11 +444,25 @@ class Worker:
         self.watchdog.check()
         return time.time_ns() // 1_000_000
 
+    @property
+    def _meanwhile(self) -> str:
+        """What becomes of events while there is no model, and why there is none."""
+        says = {
+            "wait": "Nothing is scored:",
+            "fold": "Nothing is scored, and what is folded meanwhile never will be:",
+            "features": "Predictions carry features and no score:",
+        }[self.settings.without_model]
+        return f"{says} {self.serving.why}"
+
+    def _remark(self) -> str | None:
+        """What a worker that is ready cannot do."""
+        return None if CHAMPION in self.serving.models else self._meanwhile
+
     async def _ready(self) -> str | None:
         if not self.partitions.taken:
             return "The worker holds no partitions yet; it waits for Kafka to assign some."
-        if CHAMPION not in self.serving.models:
-            return f"Nothing is scored: {self.serving.why}"
+        if CHAMPION not in self.serving.models and self.settings.without_model != "features":
+            return self._meanwhile
         since = self.outbox.since
         if since is not None and (waited := self._now_ms() - since) > SILENT_MS:
             return f"Kafka has not acknowledged a batch for {waited // 1000} s; the worker waits."

@@ -4,7 +4,8 @@
      "version": "5f0c...", "definition": "7cb3...", "late": false,
      "degraded": false, "origin": {"partition": 3, "offset": 1201}, "features": {"TX_AMOUNT": 57.16, ...}}
 
-A pipeline of several streams says in `stream`, behind the id, of which the event is.
+A pipeline of several streams says in `stream`, behind the id, of which the event is. What was folded while there was
+no model has null for score, decision, model and version, where it goes out at all.
 
 `origin` is the place in the last entity's log: with the definition it is all that is needed to
 compute the prediction again, and it is the one number by which a consumer drops doubles.
@@ -43,8 +44,8 @@ class PredictionEncoder:
         self._streams: list[Any] = names if len(names) > 1 else [msgspec.UNSET]
         fields: list[tuple[str, Any]] = [
             ("id", Any), ("stream", str | msgspec.UnsetType), ("event_time", int), ("score", float),
-            ("decision", str), ("model", str), ("version", str), ("definition", str), ("late", bool),
-            ("degraded", bool), ("origin", Origin),
+            ("decision", str | None), ("model", str | None), ("version", str | None), ("definition", str),
+            ("late", bool), ("degraded", bool), ("origin", Origin),
         ]  # fmt: skip
         if pipeline.predictions_carry_features:
             self._features = msgspec.defstruct(
@@ -56,18 +57,24 @@ class PredictionEncoder:
 
     def encode(
         self, ids: list[int | str], streams: Ints, times: Ints, vectors: Floats, scores: Scores, late: Mask,
-        degraded: Mask, model: Model, partitions: Ints, offsets: Ints,
+        degraded: Mask, model: Model | None, partitions: Ints, offsets: Ints,
     ) -> list[bytes]:  # fmt: skip
-        """Encode n events with the model's scores. NaN becomes null. streams: (n,) numbers; late, degraded: (n,)."""
-        decisions = model.decide(scores)
-        card, definition = model.card, self.pipeline.definition
+        """Encode n events with the model's scores. NaN becomes null. streams: (n,) numbers; late, degraded: (n,).
+
+        Without a model scores are `unscored`.
+        """
+        name = version = None
+        decisions: Sequence[str | None] = [None] * len(ids)
+        if model is not None:
+            name, version, decisions = model.card.pipeline, model.card.version, model.decide(scores)
+        definition = self.pipeline.definition
         prediction, features, encode, names = self._prediction, self._features, self._encode, self._streams
         tails = [(features(*row),) for row in vectors.tolist()] if features else [()] * len(ids)
         return [
             encode(
                 prediction(
-                    id_, names[stream], time, score, decision, card.pipeline, card.version, definition, is_late,
-                    is_degraded, Origin(partition, offset), *tail,
+                    id_, names[stream], time, score, decision, name, version, definition, is_late, is_degraded,
+                    Origin(partition, offset), *tail,
                 )
             )
             for id_, stream, time, score, decision, is_late, is_degraded, partition, offset, tail in zip(
@@ -77,17 +84,22 @@ class PredictionEncoder:
         ]  # fmt: skip
 
 
+def unscored(n: int) -> Scores:
+    """What n events without a model have for scores, (n,)."""
+    return np.full(n, np.nan, np.float32)
+
+
 class Prediction(msgspec.Struct):
     """A prediction as a consumer reads it. `features` is absent where the pipeline leaves them out, `stream` where
-    it has one stream.
+    it has one stream. A score is None where the model gave no number, and the version too where there was no model.
     """
 
     id: int | str
     event_time: int
-    score: float
-    decision: str
-    model: str
-    version: str
+    score: float | None
+    decision: str | None
+    model: str | None
+    version: str | None
     definition: str
     late: bool
     origin: Origin
