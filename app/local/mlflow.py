@@ -1,4 +1,4 @@
-"""The registry's server: MLflow of this Python, with the artifacts beside it; its tables are there too, or in a database.
+"""The registry's server: MLflow of this Python. The artifacts are beside it, its tables there too or in a database.
 
 It is served by uvicorn as `mlflow server` serves it, but without that command: it imports all of MLflow once
 more, which takes 6 s and 260 MB. So the variables are those that the command hands down in 3.17.2, which is
