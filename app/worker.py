@@ -58,6 +58,9 @@ HAND_OVER_S = 10.0  # for a flush of what was folded; the group waits somewhat l
 SILENT_MS = 5000  # Kafka acknowledges in some, and in a rebalance of its own in a thousand
 MIRROR_S = 2.0  # for what the mirror has yet to take then
 SHADOW_S = 1.0  # and, at the end, for what challengers have yet to score
+CHALLENGERS_S = (
+    5.0  # at the start, for challengers to be loaded, so that the first events have their records too
+)
 STOP_S = 30.0
 TAKE_S = 600.0  # a checkpoint of some GB is restored by then; who hangs for longer is better started anew
 
@@ -325,6 +328,8 @@ class Worker:
         await self.serving.look()
         if CHAMPION not in self.serving.models:
             say(f"{pipeline.instance}: {self._meanwhile}")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.serving.look_at_challengers(), CHALLENGERS_S)
         self._background(self.serving.run())
         self._background(self.shadow.run())
         self._background(self.control.listen())
