@@ -6,6 +6,9 @@ STAMP := .venv/.set-up
 # Tests of whole workers and of stores, which run the kernel often and cover no line of models that others do not.
 BEYOND := $(addprefix --ignore=tests/unit/test_,exactness.py routed.py crashes.py homes.py checkpoints.py assignor.py membership.py)
 
+# Most tests of services wait: two processes share them, each with services of its own.
+IN_TWO := --numprocesses=2 --dist=loadgroup
+
 .PHONY: help setup demo test coverage lint format unit bench chaos up down lock clean
 
 help: ## Show this help
@@ -22,11 +25,11 @@ demo: setup ## Run the demonstration from end to end (ARGS are its options)
 	@$(BIN)/headrace demo $(ARGS)
 
 test: coverage ## Everything that must pass: lint, the coverage of models, then all tests
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest $(IN_TWO) --durations=20 $(ARGS)
 
 # Coverage sees into the kernel only where it runs as plain Python; all tests then run it compiled.
 coverage: lint ## That the unit tests cover at least 95 % of models
-	@NUMBA_DISABLE_JIT=1 $(BIN)/pytest tests/unit $(BEYOND) --quiet --cov=models --cov-report=term --cov-fail-under=95
+	@NUMBA_DISABLE_JIT=1 $(BIN)/pytest $(IN_TWO) tests/unit $(BEYOND) --quiet --cov=models --cov-report=term --cov-fail-under=95
 
 lint: setup ## Style, types, and the direction of imports
 	@$(BIN)/ruff check .

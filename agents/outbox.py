@@ -60,6 +60,10 @@ class Outbox:
             if target.sender is None:
                 target.sender = asyncio.create_task(self._send(topic, partition, target))
 
+    def put_everywhere(self, topic: str, partitions: int, value: bytes) -> None:
+        """Queue a record without a key for each partition of a topic."""
+        self.put_many(topic, range(partitions), [None] * partitions, [value] * partitions)
+
     def _target(self, topic: str, partition: int) -> _Target:
         return self._targets.setdefault((topic, partition), _Target())
 

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from agents.outbox import Outbox
+from models.errors import HeadraceError
 from models.events import EventDecoder, Key, LabelBatch, LabelDecoder, Reason, Reject, key_bytes
 from models.partitions import partitions_of
 from models.pipeline import Labels, Pipeline, Reversals
@@ -67,7 +68,12 @@ class Route:
         self.routed = 0
 
     def start_at(self, positions: dict[int, int]) -> None:
-        """Route these partitions from these offsets on."""
+        """Route these partitions from these offsets on. Raises HeadraceError."""
+        if max(positions, default=0) >= self._partitions[self.topic]:
+            raise HeadraceError(
+                f"{self.topic} has more partitions than the {self._partitions[self.topic]} that it had when this "
+                "worker started; restart the workers."
+            )
         self.positions = positions
         self._sent = {
             log: np.full((self._partitions[self.topic], self._partitions[log]), NEVER, np.int64)

@@ -7,6 +7,7 @@ partitions; it goes through the fold as one, and is split again only to be sent.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,8 +16,8 @@ from models.events import streams_of
 from models.partitions import partitions_of
 from models.pipeline import Pipeline
 from models.records import RecordCodec, keys_of
-from models.windows import DUPLICATE, EVENT
-from tables.profiles import Applied, Polled, Profiles
+from models.windows import DUPLICATE, EVENT, LOST
+from tables.profiles import Applied, Mask, Polled, Profiles
 
 Reject = Callable[[str, Applied], None]  # sends an applied batch's bad input of a log to the dead letters
 
@@ -54,6 +55,19 @@ class Stage:
         on = (applied.batch.kinds == EVENT) & (applied.outcomes != DUPLICATE)
         if not self._wanted.all():
             on &= self._wanted[streams_of(self._pipeline, applied.batch)]
+        lost = np.flatnonzero(applied.batch.kinds == LOST).tolist()
+        if not lost:
+            self._hand_on(applied, on)
+            return
+        # what is gone may have been for any partition: tell each, behind what went before it
+        place = np.arange(len(on))
+        for start, end in pairwise([0, *lost, len(on)]):
+            if start in lost:
+                value = self._codec.encode_lost(0, int(applied.logs[start]), int(applied.offsets[start]))
+                self._outbox.put_everywhere(self._next, self._partitions, value)
+            self._hand_on(applied, on & (start <= place) & (place < end))
+
+    def _hand_on(self, applied: Applied, on: Mask) -> None:
         if not on.any():
             return
         events = applied.batch.where(on)

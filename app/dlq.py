@@ -169,6 +169,8 @@ class _Sender:
             raise CannotReplay("is of a log that only workers write; replay the event that it was made of")
         batch, _, rejects = self._events[origin.topic].decode([record.value], np.array([_now_ms()]))
         _raise(rejects)
+        if self._pipeline.routed:  # the router finds its place
+            return origin.partition, record.key
         # The key of the event, not the record's: a profile has one partition.
         key = None if batch.keys[0] is None else key_bytes(batch.keys[0])
         return int(partitions_of([key], batch.ids, self._counts[origin.topic])[0]), key

@@ -20,7 +20,7 @@ from app.terminal import utc
 from app.verify import Intake, same
 from models import predictions
 from models.errors import HeadraceError
-from models.events import Batch, given_ids, key_bytes
+from models.events import Batch, given_ids, key_bytes, streams_of
 from models.explain import Explained, Moment, asked, explain, look
 from models.filters import Filters
 from models.history import arena_for
@@ -258,6 +258,8 @@ async def _served(
 ) -> Served | None:  # fmt: skip
     """What was predicted of the event under this definition, None where that is not out or not kept any more."""
     last, event = pipeline.entities[-1], log.batch.take(np.array([row]))
+    if not pipeline.streams[int(streams_of(pipeline, event)[0])].scored:
+        return None
     if entity is last:
         partition, offset = log.partition, int(log.offsets[row])
     else:
@@ -272,7 +274,12 @@ async def _served(
                 continue
             with contextlib.suppress(msgspec.MsgspecError):  # a predictions topic may be written by hand
                 found = predictions.decode(record.value)
-                if found.definition == pipeline.definition and offset in (None, found.origin.offset):
+                of_it = predictions.identity(pipeline, found) == int(event.ids[0])
+                if (
+                    of_it
+                    and found.definition == pipeline.definition
+                    and offset in (None, found.origin.offset)
+                ):
                     return _compared(found, then, names)
     return None
 

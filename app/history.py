@@ -163,7 +163,9 @@ def key_column(table: pa.Table, keys: Sequence[str]) -> Any:
     """What each row is keyed by: a column, or the text of several."""
     if len(keys) == 1:
         return table[keys[0]].combine_chunks()
-    rows = zip(*(table[key].to_pylist() for key in keys), strict=True)
+    # A file may hold integers as floats, so that some can be absent.
+    parts = [pc.cast(c, pa.int64()) if pa.types.is_floating(c.type) else c for c in map(table.column, keys)]
+    rows = zip(*(part.to_pylist() for part in parts), strict=True)
     return pa.array([joined(row) for row in rows], pa.string())
 
 
@@ -319,8 +321,8 @@ def _texts(column: Any, field: Field) -> Ints:
 
 def _ids(table: pa.Table, stream: Stream) -> Ints:
     if stream.fields[stream.id].type == "int":
-        return np.asarray(pc.cast(table[stream.id], pa.int64()).to_numpy(), np.int64) ^ stream.salt
-    return np.array([stream.identity(i) for i in table[stream.id].to_pylist()], np.int64)
+        return stream.identities(pc.cast(table[stream.id], pa.int64()).to_numpy())
+    return stream.identities(table[stream.id].to_pylist())
 
 
 def _codes(column: Any) -> Ints:

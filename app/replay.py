@@ -166,10 +166,12 @@ def _put(tape: Tape, low: int, high: int, pipeline: Pipeline, counts: dict[str, 
     topics = [stream.topic for stream in pipeline.streams] + (
         [pipeline.labels.topic] if pipeline.labels else []
     )
-    targets = [partitions_of(keys, ids, counts[topic]).tolist() for topic in topics]
     which = np.where(tape.is_label[low:high], len(topics) - 1, tape.history.streams[rows])
-    for i, to in enumerate(which.tolist()):
-        outbox.put(topics[to], targets[to][i], keys[i], values[i])
+    for number, topic in enumerate(topics):
+        ours = np.flatnonzero(which == number)
+        there = [keys[i] for i in ours.tolist()]
+        targets = partitions_of(there, ids[ours], counts[topic]).tolist()
+        outbox.put_many(topic, targets, there, [values[i] for i in ours.tolist()])
 
 
 def parse_rate(text: str) -> float | None:

@@ -23,7 +23,7 @@ from models.pipeline import Entity, Pipeline
 from models.predictions import Prediction, decode, identities
 from models.records import NEVER, NEWS, RecordCodec, fresh, loosened, skew
 from models.vectors import Vectors
-from models.windows import DUPLICATE, EVENT, NULL, Floats, Ints
+from models.windows import DUPLICATE, EVENT, LOST, NULL, Floats, Ints
 
 
 @dataclass
@@ -217,7 +217,7 @@ class Intake:
             good = at_home(batch, logs[kept], self._count)
         else:
             batch, kept, _ = self._codec.decode(values, [r.key for r in records])
-            good = self._fresh(batch, logs[kept])
+            good = self._fresh(batch, logs[kept]) & (batch.kinds != LOST)
         return batch.where(good), kept[good]
 
     def _fresh(self, batch: Batch, logs: Ints) -> npt.NDArray[np.bool_]:

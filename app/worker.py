@@ -124,7 +124,9 @@ class Partitions:
         # No older owner can add to what is read here.
         await worker.producer.claim(worker.pipeline.predictions, scored)
         score.emitted = await kafka.last_origins(self.address, worker.pipeline.predictions, scored)
+        self._check_predictions(score.emitted, ends)
         positions = await self._stores([tp for tp in assigned if tp.topic in worker.by_log], first)
+        await self._check_writers(consumer, list(positions))
         if consumer.epoch != epoch:  # revoked meanwhile: `release` waits to close what is open
             return {}
         starts: dict[TP, int] = {}
@@ -134,7 +136,11 @@ class Partitions:
                 continue
             # a router keeps no store, and sends again what it must
             offset, again = committed[tp] or 0, self._again(tp)
-            starts[tp] = max(first[tp], offset if again is None else min(again, offset))
+            offset = offset if again is None else min(again, offset)
+            if offset < first[tp]:
+                _tell_cut(tp, offset, first[tp], "what was routed")
+                worker.tell_lost(tp.topic, tp.partition, first[tp] - 1)
+            starts[tp] = max(first[tp], offset)
         for topic, route in worker.routes.items():
             route.start_at({tp.partition: starts[tp] for tp in assigned if tp.topic == topic})
         self.in_step.start(starts, ends, time.monotonic())
@@ -154,6 +160,37 @@ class Partitions:
         )
         return dict(zip(tps, positions, strict=True))
 
+    def _check_predictions(self, emitted: dict[int, int], ends: Mapping[TP, int]) -> None:
+        """Predictions are numbered by the log that is scored; those of another would hide what is to come."""
+        pipeline = self._worker.pipeline
+        for partition, offset in emitted.items():
+            scored = TP(pipeline.entities[-1].log, partition)
+            if offset >= ends[scored]:
+                raise HeadraceError(
+                    f"{pipeline.predictions} partition {partition} has a prediction of offset {offset}, but "
+                    f"{scored.topic} ends at {ends[scored]}: it is of another log. If the pipeline's first or last "
+                    "entity has changed, run it under another name (--as); if the log's topic was made anew, make "
+                    "that of the predictions anew, too."
+                )
+
+    async def _check_writers(self, consumer: faust_batches.Consumer, opened: list[TP]) -> None:
+        """What a topic's successor of the same name holds would be taken for what has been seen."""
+        worker = self._worker
+        heard = {
+            TP(names[source % len(names)], source // len(names)): (tp, offset)
+            for tp in opened
+            if (names := worker.writers.get(tp.topic))
+            for source, offset in worker.by_log[tp.topic].seen(tp.partition).items()
+        }
+        ends = await consumer.highwaters(*heard) if heard else {}
+        for source, (tp, offset) in heard.items():
+            if offset >= ends[source]:
+                raise HeadraceError(
+                    f"{tp.topic} has had offset {offset} of {source.topic} partition {source.partition}, which ends at "
+                    f"{ends[source]}. If that topic was made anew, run the pipeline under another name (--as), with "
+                    "topics of its own."
+                )
+
     def _start(self, tp: TP, position: int, first: int, end: int) -> int:
         """Start a partition, whose store is at `position`, and whose log holds `first` to `end`. Returns where."""
         if position > end:
@@ -163,10 +200,8 @@ class Partitions:
                 "are folded again from the log."
             )
         if position < first:
-            log.warning(
-                "%s partition %d: retention has cut the log behind every store and checkpoint, offsets %d to %d are "
-                "missing", tp.topic, tp.partition, position, first - 1,
-            )  # fmt: skip
+            _tell_cut(tp, position, first, "every store and checkpoint")
+            self._worker.tell_lost(tp.topic, tp.partition, first - 1)
         self._worker.by_log[tp.topic].start_at(tp.partition, max(position, first), cut=position < first)
         return max(position, first)
 
@@ -262,6 +297,10 @@ class Worker:
         self._tasks: list[asyncio.Task[None]] = []
         self.stages = [self._profiles(number) for number in range(len(pipeline.entities))]
         self.by_log = {stage.entity.log: stage for stage in self.stages}
+        # Of each log but the stream's own topic, into which anyone may write.
+        self.writers = {
+            e.log: writers(pipeline, n) for n, e in enumerate(pipeline.entities) if n or pipeline.routed
+        }
         self.in_step = InStep(_in_step(pipeline), self._counts, round(settings.alignment_s * 1000))
         self.partitions = Partitions(self, self.address)
         self._mirror = Mirror(connect(addresses.redis_url), pipeline)
@@ -321,7 +360,7 @@ class Worker:
         self.wire()
         self.control = Control(
             self.address, pipeline.control, self.in_step, self.stages, self.outbox,
-            {e.log: writers(pipeline, n) for n, e in enumerate(pipeline.entities)}, self.partitions.replay,
+            self.writers, self.partitions.replay,
         )  # fmt: skip
         for stage in self.stages:
             stage.warm()
@@ -395,6 +434,13 @@ class Worker:
             )  # fmt: skip
         last = pipeline.entities[-1]
         self._agent(app, f"score-{last.name}", last.log, lambda: self.score)
+
+    def tell_lost(self, topic: str, partition: int, offset: int) -> None:
+        """Say in each log that is written from this topic that it lacks what came up to this offset."""
+        for number, entity in enumerate(self.pipeline.entities):
+            if topic in (names := self.writers.get(entity.log, ())):
+                value = RecordCodec(self.pipeline, number).encode_lost(names.index(topic), partition, offset)
+                self.outbox.put_everywhere(entity.log, self._counts[entity.log], value)
 
     def _route(self, topic: str) -> Route:
         return self.routes[topic]
@@ -580,6 +626,13 @@ def say(text: str) -> None:
 
 def _tell_unsent(error: Exception) -> None:
     say(f"Kafka did not take records of challengers ({error!r}); they are missing, and predictions go on.")
+
+
+def _tell_cut(tp: TP, position: int, first: int, behind: str) -> None:
+    log.warning(
+        "%s partition %d: retention has cut the log behind %s, offsets %d to %d are missing",
+        tp.topic, tp.partition, behind, position, first - 1,
+    )  # fmt: skip
 
 
 def _in_step(pipeline: Pipeline) -> list[dict[str, Clocks]]:

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from models.fields import Field, event_id, joined
+from models.fields import Field, joined
 from models.pipeline import Labels, Pipeline, Reversals
 from models.streams import WHICH, Stream
 from models.windows import EVENT, LABEL, NEGATIVE, NULL, POSITIVE, REVERSED, UNKNOWN, Bytes, Floats, Ints
@@ -195,7 +195,7 @@ class EventDecoder:
             kinds=np.full(n, EVENT, np.int8),
             labels=np.zeros(n, np.int8),
             times=times,
-            ids=_ids(stream, [getattr(e, stream.id) for e in events]),
+            ids=stream.identities([getattr(e, stream.id) for e in events]),
             clocks=times,
             fields=block,
             features=np.empty((n, 0)),
@@ -260,17 +260,10 @@ class LabelDecoder:
         clocks, _ = self.times([getattr(x, self._known) for x in found])
         good = (times >= EARLIEST_MS) & (times < LATEST_MS)
         _refuse(rejects, kept, valid, good, _no_time(stream))
-        ids = _ids(stream, [getattr(x, stream.id) for x in found])
+        ids = stream.identities([getattr(x, stream.id) for x in found])
         keys = {e.name: _keys(found, e.keys) for e in self.entities}
         index = np.flatnonzero(valid)
         return LabelBatch(times, ids, states, clocks, keys).take(index), kept[index], rejects
-
-
-def _ids(stream: Stream, ids: list[Any]) -> Ints:
-    if ids and isinstance(ids[0], str):
-        ids = [event_id(i) for i in ids]
-    found = np.array(ids, np.int64)
-    return found ^ stream.salt if stream.salt else found
 
 
 def _keys(events: list[Any], names: Sequence[str]) -> list[Key]:
@@ -437,5 +430,5 @@ def given_ids(pipeline: Pipeline) -> Callable[[Batch], list[int | str]]:
 
 __all__ = [
     "LABEL", "Batch", "Decoded", "EventDecoder", "Key", "LabelBatch", "LabelDecoder", "Labels", "Reason", "Reject",
-    "clocks", "event_id", "key_bytes", "scaled", "texts",
+    "clocks", "key_bytes", "scaled", "texts",
 ]  # fmt: skip

@@ -198,12 +198,25 @@ def _entities(before: Pipeline, after: Pipeline) -> Iterator[Change]:
     if after.routed and not before.routed:
         effect = f"what is sent goes into {now.log} first: run `headrace topics create`; {_REBUILD}"
         yield Change("entities", f"{now.name} gets a log of its own", "rebuild", effect)
-    if first.keys != now.keys and not after.routed:
+    if before.routed and not after.routed:
+        effect = (
+            f"events are not routed any more, so producers are to key them by {now.key}; others go to the dead "
+            f"letters (wrong-key): {_NEW_INSTANCE}, keyed by {now.key}"
+        )
+        yield Change("entities", f"{now.name} has {now.log} as its log", "breaks", effect)
+    elif first.keys != now.keys and not after.routed:
         effect = (
             f"producers key events by {first.key}, so those whose {now.key} belongs in another partition go to "
             f"the dead letters (wrong-key): {_NEW_INSTANCE}, keyed by {now.key}"
         )
         yield Change("entities", f"first key: {first.key} > {now.key}", "breaks", effect)
+    scored, to_score = before.entities[-1].log, after.entities[-1].log
+    if before.instance == after.instance and scored != to_score:
+        effect = (
+            f"predictions are numbered by the log that is scored, and those of {scored} would hide the new ones: "
+            "run a new instance (--as)"
+        )
+        yield Change("entities", f"scored: {scored} > {to_score}", "breaks", effect)
     old, new = (
         {name: msgspec.convert(data, EntitySpec) for name, data in p.spec.entities.items()}
         for p in (before, after)

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from models import aggregates, expressions, windows
 from models.fields import Field
 from models.specs import LONGEST_MS, NAME, FeatureSpec, LabelsSpec, PipelineError
-from models.streams import WHICH, Stream
+from models.streams import WHICH, Compiler, Stream
 
 MOST_OF_A_LIST = 100
 MOST_FILTERS = 48  # each is a bit of a row's state
-
-
-class Compiler(Protocol):
-    """Who knows the file: models.pipeline."""
-
-    def fail(self, path: tuple[Any, ...], problem: str) -> PipelineError:
-        """The error, with the line of what it speaks of."""
-
-    def duration(self, text: str, *at: Any) -> int:
-        """Milliseconds. Raises PipelineError."""
-
-    def known_field(self, name: str, fields: Mapping[str, Field], at: tuple[Any, ...]) -> None:
-        """Raises PipelineError where there is none of this name."""
-
-    def compares(self, names: Iterable[str], fields: Mapping[str, Field]) -> None:
-        """Give the strings among these names a column of the block."""
 
 
 class Features:
@@ -43,8 +27,10 @@ class Features:
         labels: LabelsSpec | None,
         hop: int,
     ) -> None:
-        self._compiler, self._fields, self._streams, self._labels = compiler, fields, streams, labels
+        self._compiler, self._streams, self._labels = compiler, streams, labels
         self._keys, self._hop = keys, hop  # ms, 0 without
+        self._all = fields  # of all streams together; an entity sees those of streams that have its key
+        self._fields = self._carried([s for s in streams if all(key in s.fields for key in keys)])
         self.names: list[str] = []
         self.values: list[str] = []
         self.filters: dict[str, expressions.Expression] = {}
@@ -66,13 +52,18 @@ class Features:
         value, divisor = self._value(feature, fields, kind, delay, at)
         names = []
         for suffix, condition in self._conditions(feature, fields, at):
-            chosen = None if condition is None else self._filter(condition, at)
+            chosen = None if condition is None else self._filter(condition, fields, at)
             one = aggregates.Aggregate(kind, window, delay, value, divisor, number, chosen)
             self.aggregates.append(one)
             each = f"{name}{suffix}"
             names += [each] if kind not in aggregates.LISTS else [f"{each}_{i + 1}" for i in range(one.width)]
         self.names += names
         return names
+
+    def _carried(self, streams: Sequence[Stream]) -> dict[str, Field]:
+        """The fields of these streams, and of which stream an event is."""
+        names = {WHICH, *(name for stream in streams for name in stream.fields)}
+        return {name: field for name, field in self._all.items() if name in names}
 
     def _fail(self, at: tuple[Any, ...], problem: str) -> PipelineError:
         return self._compiler.fail(at, problem)
@@ -148,7 +139,7 @@ class Features:
             raise self._fail(
                 (*at, "from"), f"{feature.from_} has no {lacking[0]}, the key; take a stream that has it."
             )
-        return streams[feature.from_].fields
+        return self._carried([streams[feature.from_]])
 
     def _value(
         self, feature: FeatureSpec, fields: Mapping[str, Field], kind: int, delay: int, at: tuple[Any, ...]
@@ -173,7 +164,7 @@ class Features:
                 f"{feature.of} is a {field.type}; aggregates are exact on integers only: declare it as int, or as "
                 "{type: decimal, scale: 2}.",
             )
-        self._compiler.compares([feature.of], self._fields)
+        self._compiler.compares([feature.of], fields)
         if feature.of not in self.values:
             self.values.append(feature.of)
         return self.values.index(feature.of), field.divisor
@@ -184,6 +175,11 @@ class Features:
             raise self._fail(
                 at,
                 f"a {what} needs labels; add 'labels:' with field and known, of a first stream with this key.",
+            )
+        if feature.from_ not in (None, self._streams[0].name):
+            raise self._fail(
+                (*at, "from"),
+                f"labels are of events of {self._streams[0].name}; drop from, or name it there.",
             )
         if feature.of != labels.field:
             raise self._fail((*at, "of"), f"a {what} is of the label; write of: {labels.field}.")
@@ -226,13 +222,13 @@ class Features:
         of_stream = f"{WHICH} == {feature.from_!r}"
         return of_stream if feature.where is None else f"{of_stream} and ({feature.where})"
 
-    def _filter(self, text: str, at: tuple[Any, ...]) -> int:
+    def _filter(self, text: str, fields: Mapping[str, Field], at: tuple[Any, ...]) -> int:
         """The number of the filter: those that say the same are one."""
         try:
-            found = expressions.parse(text, self._fields)
+            found = expressions.parse(text, fields)
         except expressions.ExpressionError as error:
             raise self._fail((*at, "where"), sentence(error)) from None
-        self._compiler.compares(found.uses, self._fields)
+        self._compiler.compares(found.uses, fields)
         self.filters.setdefault(found.text, found)
         if len(self.filters) > MOST_FILTERS:
             raise self._fail((*at, "where"), f"an entity has {MOST_FILTERS} filters at most; share some.")

@@ -449,8 +449,27 @@ class _Compiler:
                 raise self.fail(at, "an entity's name has letters, digits, '.', '_' and '-'.")
             given = self.convert(data, EntitySpec, *at)
             keys = self.keys(given, streams, fields, at)
-            entities.append(self.entity(spec, streams, fields, name, given, keys, lateness, taken))
+            one = self.entity(spec, streams, fields, name, given, keys, lateness, taken)
+            self.cells(one, entities, streams, at)
+            entities.append(one)
         return entities
+
+    def cells(
+        self, entity: Entity, before: Sequence[Entity], streams: Sequence[Stream], at: tuple[Any, ...]
+    ) -> None:
+        """An entity with a hop has no ids: what comes twice must have been dropped before it."""
+        if not entity.plan.hop:
+            return
+        for stream in streams:
+            if entity.is_of(stream) and not any(
+                e.is_of(stream) and not e.plan.hop and not any(stream.fields[k].optional for k in e.keys)
+                for e in before
+            ):
+                raise self.fail(
+                    (*at, "hop"),
+                    f"events of {stream.name} that come twice would count twice, for cells have no ids; put an entity "
+                    "without a hop before it, whose key all of them have.",
+                )
 
     def keys(
         self, given: EntitySpec, streams: Sequence[Stream], fields: Mapping[str, Field], at: tuple[Any, ...]
@@ -474,7 +493,7 @@ class _Compiler:
     ) -> Entity:  # fmt: skip
         at = ("entities", name)
         hop = 0 if given.hop is None else self.duration(given.hop, *at, "hop")
-        self.hop(spec, given, hop, name, at)
+        self.hop(spec, given, hop, at)
         # what is said of events reaches only who has their key
         heard = spec.labels if all(key in streams[0].fields for key in keys) else None
         features = Features(self, fields, streams, keys, heard, hop)
@@ -497,17 +516,11 @@ class _Compiler:
             any(a.kind in aggregates.OF_LABELS for a in features.aggregates), plan,
         )  # fmt: skip
 
-    def hop(self, spec: PipelineSpec, given: EntitySpec, hop: int, name: str, at: tuple[Any, ...]) -> None:
+    def hop(self, spec: PipelineSpec, given: EntitySpec, hop: int, at: tuple[Any, ...]) -> None:
         if given.hop is None:
             return
         if hop <= 0:
             raise self.fail((*at, "hop"), "a hop is longer than 0; write 1s, 1m or the like.")
-        if name == next(iter(spec.entities)):
-            raise self.fail(
-                (*at, "hop"),
-                "the first entity cannot have a hop, for it drops events that come twice, and cells have no ids; put "
-                "one without a hop before it.",
-            )
         if spec.reversals is not None:
             raise self.fail(
                 (*at, "hop"), "an event cannot be taken out of a cell; drop the hop, or reversals."

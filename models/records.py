@@ -22,7 +22,7 @@ import numpy.typing as npt
 from models.events import Batch, Decoded, LabelBatch, Reason, Reject, key_bytes, streams_of, texts
 from models.fields import joined
 from models.pipeline import Pipeline
-from models.windows import EVENT, LABEL, NULL, Bytes, Floats, Ints, jit
+from models.windows import EVENT, LABEL, LOST, NULL, Bytes, Floats, Ints, jit
 
 Mask = npt.NDArray[np.bool_]
 
@@ -57,8 +57,8 @@ class RecordCodec:
         log; previous: (n,) by `chain`; degraded: (n,) whose features lack what retention has cut; writer: who
         writes them, the stage before.
         """
-        heads = self._heads(len(batch), EVENT, writer, partitions, offsets, previous)
-        heads["degraded"] = degraded
+        heads = self._heads(len(batch), writer, partitions, offsets, previous)
+        heads["kind"], heads["degraded"] = EVENT, degraded
         heads["time"], heads["id"], heads["clock"] = batch.times, batch.ids, batch.clocks
         heads["fields"] = batch.fields
         heads["features"][:, : batch.features.shape[1]] = batch.features
@@ -71,12 +71,19 @@ class RecordCodec:
         self, batch: LabelBatch, partitions: Ints, offsets: Ints, previous: Ints, writer: int
     ) -> list[bytes]:
         """The router's records for labels and reversals."""
-        heads = self._heads(len(batch.times), LABEL, writer, partitions, offsets, previous)
+        heads = self._heads(len(batch.times), writer, partitions, offsets, previous)
+        heads["kind"], heads["label"] = LABEL, batch.states
         heads["time"], heads["id"], heads["clock"] = batch.times, batch.ids, batch.clocks
-        heads["label"] = batch.states
         size = self.dtype.itemsize
         raw = heads.tobytes()
         return [raw[i : i + size] for i in range(0, len(raw), size)]
+
+    def encode_lost(self, writer: int, partition: int, offset: int) -> bytes:
+        """The record that says: up to this offset, what was to come of this partition is gone."""
+        one = np.array([partition]), np.array([offset]), np.array([NEVER])
+        heads = self._heads(1, writer, *one)
+        heads["kind"], heads["clock"] = LOST, NULL
+        return heads.tobytes()
 
     def decode(self, values: Sequence[bytes], keys: Sequence[bytes | None]) -> Decoded:
         """Decode a log's records. keys: their record keys.
@@ -120,11 +127,11 @@ class RecordCodec:
         return result
 
     def _heads(
-        self, n: int, kind: int, writer: int, partitions: Ints, offsets: Ints, previous: Ints
+        self, n: int, writer: int, partitions: Ints, offsets: Ints, previous: Ints
     ) -> npt.NDArray[np.void]:
         heads = np.zeros(n, self.dtype)
         heads["magic"], heads["layout"] = _MAGIC, self.layout
-        heads["kind"], heads["source"] = kind, writer
+        heads["source"] = writer
         heads["partition"], heads["offset"], heads["previous"] = partitions, offsets, previous
         return heads
 
@@ -225,6 +232,11 @@ def fresh(logs: Ints, sources: Ints, offsets: Ints, previous: Ints, seen: Ints) 
 def loosened(seen: Ints) -> Ints:
     """`seen` where the log may have lost records: what comes next of each source is taken as it is."""
     return np.where(seen >= NEVER, LOOSE - seen, seen)
+
+
+def tightened(seen: Ints) -> Ints:
+    """The highest offsets of `seen`, whether something may be lost behind them or not."""
+    return np.where(seen < NEVER, LOOSE - seen, seen)
 
 
 def in_step(partitions: Ints, clocks: Ints) -> Ints | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from models.fields import Field, event_id
 from models.specs import NAME, FieldSpec, PipelineError, StreamSpec
@@ -12,6 +15,7 @@ from models.specs import NAME, FieldSpec, PipelineError, StreamSpec
 WHICH = "stream"  # the column, in a pipeline of several streams, that says of which an event is
 _MOST_VALUES = 1000  # of a category: more of them are a key or an id
 _T = TypeVar("_T")
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,11 @@ class Stream:
         """The 64-bit id of an event, which tells events of two streams apart that have the same id."""
         return event_id(given) ^ self.salt
 
+    def identities(self, given: Sequence[int | str] | Ints) -> Ints:
+        """Likewise of n events, (n,)."""
+        hashed = [event_id(i) for i in given] if len(given) and isinstance(given[0], str) else given
+        return np.array(hashed, np.int64) ^ self.salt
+
     @property
     def salt(self) -> int:
         """What the ids of this stream are changed by; nothing for those of the first."""
@@ -47,6 +56,12 @@ class Compiler(Protocol):
 
     def known_field(self, name: str, fields: Mapping[str, Field], at: tuple[Any, ...]) -> None:
         """Raises PipelineError where there is none of this name."""
+
+    def duration(self, text: str, *at: Any) -> int:
+        """Milliseconds. Raises PipelineError."""
+
+    def compares(self, names: Iterable[str], fields: Mapping[str, Field]) -> None:
+        """Give the strings among these names a column of the block."""
 
     def topic(self, given: str | None, name: str, at: tuple[Any, ...]) -> str:
         """The topic of a stream. Raises PipelineError."""

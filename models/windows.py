@@ -37,8 +37,9 @@ Bytes = npt.NDArray[np.int8]
 
 NULL = np.iinfo(np.int64).min  # a value that is absent, in an int64 column
 
-# Kinds of log records.
-EVENT, LABEL = 0, 1
+# Kinds of log records. LOST says of a writer that retention has cut what it was to send; it has no key, and
+# the fold passes over it.
+EVENT, LABEL, LOST = 0, 1, 2
 # What became of a record. Its row is in the profile after FOLDED and LATE only.
 (
     FOLDED, LATE, TOO_LATE, DUPLICATE, NO_KEY, LABELLED, LABEL_EARLY, LABEL_STALE, TAKEN_OUT, CANCELLED,

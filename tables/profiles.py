@@ -22,11 +22,12 @@ from models.fields import Field
 from models.filters import Filters
 from models.partitions import partitions_of
 from models.pipeline import Entity
-from models.records import GAP, NEVER, NEWS, SEEN, chain, fresh, in_step, loosened, skew
+from models.records import GAP, NEVER, NEWS, SEEN, chain, fresh, in_step, loosened, skew, tightened
 from models.windows import (
     EVENT,
     LABEL_EARLY,
     LABEL_STALE,
+    LOST,
     NULL,
     OUTCOMES,
     Arena,
@@ -226,6 +227,11 @@ class Profiles:
         self._forget(np.flatnonzero(self._partition == partition))
         self._owed = {k: owed for k, owed in self._owed.items() if owed[0] != partition}
 
+    def seen(self, partition: int) -> dict[int, int]:
+        """By source, the highest offset that has come of it."""
+        heard = np.flatnonzero(self._seen[partition] != NEVER)
+        return dict(zip(heard.tolist(), tightened(self._seen[partition, heard]).tolist(), strict=True))
+
     @property
     def positions(self) -> Mapping[int, int]:
         """By partition that is ours, the next offset to apply."""
@@ -355,18 +361,37 @@ class Profiles:
         before = self._clock.copy()
         np.maximum.at(self._clock, logs, batch.clocks)
         result = np.zeros(len(batch), np.bool_) if batch.degraded is None else batch.degraded
-        if self._degraded_until.max() == NULL:
+        lost = batch.kinds == LOST
+        if self._degraded_until.max() == NULL and not lost.any():
             return result
-        for partition in np.flatnonzero(self._degraded_until == _FOR_NOW).tolist():
-            first = batch.clocks[logs == partition]
-            if len(first):
-                self._degraded_until[partition] = until = int(first[0]) + self._reach
-                since = "before" if before[partition] == NULL else f"from {_utc(int(before[partition]))} to"
+        until = self._degraded_until[logs]
+        unsure = {*np.flatnonzero(self._degraded_until == _FOR_NOW).tolist(), *logs[lost].tolist()}
+        for partition in unsure:
+            ours = np.flatnonzero(logs == partition)
+            until[ours] = self._degraded_from(
+                partition, lost[ours], batch.clocks[ours], int(before[partition])
+            )
+        return result | (batch.times < until)
+
+    def _degraded_from(self, partition: int, lost: Mask, clocks: Ints, before: int) -> list[int]:
+        """Until when, as of each record of a partition: the first behind a loss tells how long.
+
+        lost: (n,) which records say that there was one; clocks: (n,); before: the latest event time before them.
+        """
+        until, result = int(self._degraded_until[partition]), []
+        for is_lost, clock in zip(lost.tolist(), clocks.tolist(), strict=True):
+            if is_lost:
+                until = _FOR_NOW
+            elif until == _FOR_NOW:
+                until = clock + self._reach
+                since = "before" if before == NULL else f"from {_utc(before)} to"
                 log.warning(
                     "%s partition %d has lost what happened %s %s: values are marked as degraded until "
-                    "the events of %s", self.entity.log, partition, since, _utc(int(first[0])), _utc(until),
+                    "the events of %s", self.entity.log, partition, since, _utc(clock), _utc(until),
                 )  # fmt: skip
-        return result | (batch.times < self._degraded_until[logs])
+            result.append(until)
+        self._degraded_until[partition] = until
+        return result
 
     def _accept(self, polled: Polled) -> tuple[list[Record], Ints]:
         """What was polled from the positions on, which move behind it, and the partition of each record."""

@@ -20,6 +20,16 @@ PIPELINES = REPOSITORY / "configs" / "pipelines"
 MODEL_FILES = REPOSITORY / "configs" / "models"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one folder of services share a process, so that there is one world of each; the others go anywhere."""
+    for item in items:
+        folder = item.path.relative_to(REPOSITORY / "tests").parts[0]
+        if folder != "unit":
+            item.add_marker(
+                pytest.mark.xdist_group("whole runs" if folder in ("e2e", "performance") else folder)
+            )
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     """Settings of a data root of its own, with Kafka and Redis running under it.
@@ -27,6 +37,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     Child processes see it too: it stands in the environment for the session's length.
     """
     root = tmp_path_factory.mktemp("world")
+    # A server that is down for a moment finds its port free again, whatever the worlds of other processes do.
+    apart = 250 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     own = {
         "HEADRACE_DATA_ROOT": str(root / "data"),
         "HEADRACE_MODELS_ROOT": str(root / "models"),
@@ -34,9 +46,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
         "HEADRACE_MODEL_FILES": str(MODEL_FILES),
         "HEADRACE_PARTITIONS": "4",
         "HEADRACE_ALIGNMENT_S": "21600",  # tests replay days in seconds
-        "HEADRACE_KAFKA_PORT": "29092",
-        "HEADRACE_REDIS_PORT": "26379",
-        "HEADRACE_MLFLOW_PORT": "25000",
+        "HEADRACE_KAFKA_PORT": str(29092 + apart),
+        "HEADRACE_REDIS_PORT": str(26379 + apart),
+        "HEADRACE_MLFLOW_PORT": str(25000 + apart),
     }
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ:

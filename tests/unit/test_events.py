@@ -20,12 +20,11 @@ from models.events import (
     Batch,
     EventDecoder,
     LabelDecoder,
-    event_id,
     key_bytes,
     scaled,
     texts,
 )  # fmt: skip
-from models.fields import Field, as_float
+from models.fields import Field, as_float, event_id
 from models.pipeline import Pipeline
 from models.windows import EVENT, NEGATIVE, NULL, POSITIVE, UNKNOWN
 from tests.fixtures.pipelines import shop

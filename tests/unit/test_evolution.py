@@ -19,6 +19,7 @@ ITEMS = "      SHOP_ITEMS: {aggregate: mean, of: ITEMS, window: 1h}\n"
 UNLABELLED = ("labels:\n  field: RETURNED\n  known: KNOWN\n", "", RISK, "", " SHOP_RISK,", "")
 WEIGHED = "      WEIGHT: {type: float, optional: true}\n"
 BOX = "  box:\n    key: ITEMS\n    features: {BOX_NB: {aggregate: count, window: 1h}}\n"
+ONE = ("  shop:\n    key: SHOP\n    features:\n" + ITEMS + RISK, "", " SHOP_RISK,", "", ", SHOP_ITEMS]", "]")
 KEY, ID = "CUSTOMER: int", "      ID: int\n"
 MORE = "labels:\n"  # behind the fields
 REVERSALS = "reversals:\n  known: GONE\n"
@@ -52,7 +53,12 @@ CASES: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
     ],
     "another `hop` of an entity": [(UNLABELLED, ("    key: SHOP\n", "    key: SHOP\n    hop: 1m\n"))],
     "another order of an entity's features": [((), (ITEMS + RISK, RISK + ITEMS))],
-    "an entity is added, removed or renamed": [
+    "an entity before the last is added, removed or renamed": [
+        ((), ("  shop:\n", f"{BOX}  shop:\n")),
+        (("  shop:\n", f"{BOX}  shop:\n"), (BOX, "")),
+        ((), ("  customer:\n", "  buyer:\n")),
+    ],
+    "the last entity is added, removed or renamed: another log is scored": [
         ((), ("vector:", f"{BOX}vector:")),
         (("vector:", f"{BOX}vector:"), (BOX, "")),
         ((), ("  shop:\n", "  shops:\n")),
@@ -111,12 +117,20 @@ CASES: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "a stream is added, removed, or renamed among several": [
         ((), LOGINS),
         (LOGINS, ("  logins:\n", "  sessions:\n")),
-        (LOGINS, (LOGINS[1].removesuffix(MORE), "")),
+        ((*LOGINS, MORE, f"{REVERSALS}{MORE}"), (LOGINS[1].removesuffix(MORE), "")),
     ],
     "another stream is scored": [(LOGINS, ("    fields: {ID: int", "    scored: true\n    fields: {ID: int"))],
     "`reversals` are added or removed": [
         ((), (MORE, f"{REVERSALS}{MORE}")),
+        ((*LOGINS, MORE, f"{REVERSALS}{MORE}"), (REVERSALS, "")),
+    ],
+    "streams, `reversals` or fields of a key go, and the first entity is not routed any more": [
+        (LOGINS, (LOGINS[1].removesuffix(MORE), "")),
         ((MORE, f"{REVERSALS}{MORE}"), (REVERSALS, "")),
+        (("key: CUSTOMER", "key: [CUSTOMER, ITEMS]"), ("key: [CUSTOMER, ITEMS]", "key: CUSTOMER")),
+    ],
+    "the only entity is routed from now on: another log is scored": [
+        (ONE, (MORE, f"{REVERSALS}{MORE}")),
     ],
     "another `known` of the reversals": [((MORE, f"{REVERSALS}{MORE}"), ("known: GONE", "known: AWAY"))],
     "another `topic` of the reversals": [

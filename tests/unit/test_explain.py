@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from models import oracle
 from models.aggregates import KINDS, Aggregate
-from models.events import event_id
 from models.explain import Event, Moment, UnknownFeature, View, asked, explain, look
-from models.fields import Field
+from models.fields import Field, event_id
 from models.pipeline import Entity, find
 from models.windows import NEGATIVE, POSITIVE, UNKNOWN
 from tests.conftest import PIPELINES

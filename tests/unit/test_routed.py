@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from agents.route import Route
 from app.verify import Intake, same
 from app.worker import Worker
+from models.errors import HeadraceError
 from models.events import Batch, EventDecoder, LabelDecoder, key_bytes, streams_of
 from models.fields import joined
 from models.filters import Filters
@@ -31,9 +32,10 @@ from models.history import fold_entity
 from models.partitions import partition_of
 from models.pipeline import parse
 from models.predictions import decode, identity
-from models.records import writers
+from models.records import RecordCodec, writers
 from models.vectors import Vectors
 from models.windows import DUPLICATE, EVENT, Floats
+from models.windows import LOST as LOST_RECORD
 from tests.fixtures.exactness import DAY, HOUR, compared
 from tests.fixtures.logs import order
 from tests.fixtures.pipelines import SHOP, edited
@@ -343,3 +345,86 @@ def test_what_a_router_sends_again_is_dropped(tmp_path: Path) -> None:
         records = sum(len(world.broker.logs[TP(ROUTED.entities[0].log, p)]) for p in range(PARTITIONS))
         assert records > len(batch)  # some came twice
         assert set(streams_of(ROUTED, batch).tolist()) == {0, 1}
+
+
+# --- what retention has cut, and topics that were made anew --------------------------------------
+
+THROUGH = [("progress",)] * 3  # router and both stages
+MUCH_LATER = 24 * 60  # hours; no window reaches so far back
+GONE = [logged(50, 1, 1, 1, 0), labelled(0, 0, "a", 0, 1, 0)]
+CUT = {
+    "a stream": TP(ROUTED.streams[1].topic, 0),
+    "labels": TP(ROUTED.said[0].topic, 0),
+    "the first log": TP(ROUTED.entities[0].log, home(1, "a")[0]),
+    "nothing": None,
+}
+
+
+def _bought_by_all(id: int, hours: int) -> list[Step]:
+    return [bought(id + i, c, name, hours, i % 2) for i, (c, name) in enumerate(LAST)]
+
+
+def _lost(world: World, number: int) -> bool:
+    """Whether each partition of a stage's log has been told."""
+    codec, log = RecordCodec(ROUTED, number), ROUTED.entities[number].log
+    logs = [[r.value or b"" for r in world.broker.logs[TP(log, p)]] for p in range(PARTITIONS)]
+    told = [bool((codec.decode(v, [None] * len(v))[0].kinds == LOST_RECORD).any()) for v in logs]
+    assert len({*told}) == 1
+    return told[0]
+
+
+@pytest.mark.parametrize("cut", CUT.values(), ids=CUT)
+def test_what_is_cut_before_it_was_read_is_told_in_every_log_behind(cut: TP | None, tmp_path: Path) -> None:
+    """Values are marked as degraded wherever what is gone may be missing, and as long as a window reaches it."""
+
+    async def live(world: World) -> None:
+        await world.run([("start", 0, OLD), *EVENTS, *THROUGH, ("crash", 0, 9, [LOST], None), *GONE])
+        if cut == CUT["the first log"]:  # what it has lost has come that far
+            await world.run(
+                [("start", 0, OLD), ("poll", 0, 9, ALL, True), *arrived(0), ("crash", 0, 9, [LOST], None)]
+            )
+        if cut is not None:
+            world.broker.first[cut] = len(world.broker.logs[cut])
+        await world.run(
+            [("start", 0, 9 if cut == CUT["the first log"] else OLD), *_bought_by_all(100, 9), *THROUGH]
+        )
+        # told once: what a router says again, the stages have seen
+        await world.run([*_bought_by_all(200, MUCH_LATER), *THROUGH, ("crash", 0, 9, [LOST], OLD)])
+        await world.run([*_bought_by_all(300, MUCH_LATER + 1), *THROUGH])
+
+    with simulated(tmp_path, False, ROUTED) as world:
+        asyncio.run(live(world))
+        served = [decode(r.value or b"") for p in range(PARTITIONS) for r in world.predictions[p]]
+        told = [_lost(world, number) for number in range(2)]
+    assert told == ([False, cut is not None] if cut == CUT["the first log"] else [cut is not None] * 2)
+    marked = [{p.degraded for p in served if isinstance(p.id, int) and p.id // 100 == n} for n in range(4)]
+    assert marked == [{False}, {cut is not None}, {False}, {False}]
+
+
+ANEW = {
+    "a stream": (ROUTED.streams[0].topic, "If that topic was made anew"),
+    "the scored log": (ROUTED.entities[-1].log, "it is of another log"),
+}
+
+
+@pytest.mark.parametrize(("topic", "says"), ANEW.values(), ids=ANEW)
+def test_a_topic_that_was_made_anew_stops_the_worker(topic: str, says: str, tmp_path: Path) -> None:
+    """What it holds would be dropped as seen, or as predicted."""
+
+    async def live(world: World) -> None:
+        await world.run([("start", 0, OLD), *EVENTS, *THROUGH, ("crash", 0, 9, [LOST], None)])
+        for p in range(PARTITIONS):
+            world.broker.logs[TP(topic, p)].clear()
+            world.broker.committed.pop(TP(topic, p), None)
+        await world.run([("start", 0, OLD)])
+
+    with simulated(tmp_path, False, ROUTED) as world, pytest.raises(Died, match=says):
+        asyncio.run(live(world))
+
+
+def test_partitions_that_a_topic_gains_stop_the_worker(tmp_path: Path) -> None:
+    with simulated(tmp_path, False, ROUTED) as world:
+        asyncio.run(world.run([("start", 0, OLD)]))
+        route = next(process for process in world.slots if process).worker.routes[ROUTED.streams[0].topic]
+        with pytest.raises(HeadraceError, match="more partitions than the 2"):
+            route.start_at({PARTITIONS: 0})
