@@ -88,7 +88,7 @@ async def read(pipeline: Pipeline, address: str, since: float, until: float) -> 
     topics = [pipeline.predictions, pipeline.shadow, *([pipeline.labels.topic] if pipeline.labels else [])]
     there = await kafka.partitions_of(address, topics)
     async for made in _decoded(address, there, pipeline.predictions, predictions.decode):
-        if since <= made.event_time < until:
+        if since <= made.event_time < until and made.version is not None:
             observed.add(identity(pipeline, made), made.event_time, made.version, made.score)
     async for shadow in _decoded(address, there, pipeline.shadow, shadows.decode):
         if since <= shadow.event_time < until:

@@ -282,7 +282,8 @@ def latest(pipeline: Pipeline, prediction: Prediction | None, champion: str | No
         )
         rows.append(Row("predictions", "definition", "warn", seen, remedy))
     if champion is not None and prediction.version != champion:
-        seen = f"the latest is by model {prediction.version}, the champion is {champion}"
+        by = "without a model" if prediction.version is None else f"by model {prediction.version}"
+        seen = f"the latest is {by}, the champion is {champion}"
         rows.append(Row("predictions", "model", "warn", seen, remedy))
     return rows
 

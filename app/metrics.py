@@ -39,6 +39,7 @@ HELD: _Family = (
     ["topic", "partition"],
 )
 REBALANCES: _Family = ("headrace_rebalances", "How often partitions were shared out anew", [])
+UNSCORED: _Family = ("headrace_unscored", "Events folded while there was no model", [])
 PREDICTIONS: _Family = ("headrace_predictions", "Predictions sent to Kafka", [])
 ROUTED: _Family = ("headrace_routed", "Records of a topic that were written to the entities' logs", ["topic"])
 ROUTED_WAITING: _Family = (
@@ -115,6 +116,7 @@ class WorkerCollector(Collector):
         yield CounterMetricFamily(*SHADOWS_MISSED[:2], value=worker.shadow.missed)
         yield CounterMetricFamily(*REBALANCES[:2], value=worker.partitions.rebalances)
         yield CounterMetricFamily(*PREDICTIONS[:2], value=worker.score.predicted)
+        yield CounterMetricFamily(*UNSCORED[:2], value=worker.score.unscored)
         yield from (routed, waiting)
         yield CounterMetricFamily(*DEAD_LETTERS[:2], value=worker.dead_letters)
         yield CounterMetricFamily(*MIRRORED[:2], value=worker.mirror.written)

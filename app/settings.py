@@ -23,8 +23,9 @@ from models.guard_rails import Bounds
 PREFIX = "HEADRACE_"
 YAML_FILE = "configs/settings.yaml"
 OFF = "off"
+SQLITE, POSTGRES = STORES = ("sqlite", "postgres")  # of MLflow, that need no URL
 SECRET = frozenset(
-    {"redis_url", "postgres_url", "mlflow", "mlflow_token"}
+    {"redis_url", "postgres_url", "mlflow", "mlflow_token", "mlflow_store"}
 )  # they may hold a password: neither in a repr nor in an error
 
 
@@ -67,6 +68,14 @@ def _server(value: str) -> str:
     return value.rstrip("/")
 
 
+def _store(value: str) -> str:
+    if value.lower() in STORES:
+        return value.lower()
+    if "://" not in value:
+        raise ValueError(f"it should be {' or '.join(STORES)}, or a URL of SQLAlchemy")
+    return value
+
+
 def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
 
@@ -75,6 +84,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 Metric = Literal["ap", "auc"]
 Delivery = Literal["fenced", "transactional"]
+Without = Literal["wait", "fold", "features"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
@@ -116,6 +126,12 @@ class Settings(BaseSettings):
         default=None,
         repr=False,
         description="Token that MLflow asks for; a user and password go into the URL.",
+    )
+    mlflow_store: Annotated[str, AfterValidator(_store)] = Field(
+        default=SQLITE,
+        repr=False,
+        description="Where the MLflow of `headrace up` keeps its tables: sqlite (a file of its own), postgres (a "
+        "database of its own beside the ledger's), or a URL of SQLAlchemy.",
     )
     data_root: Path = Field(
         default=Path(".headrace"),
@@ -229,6 +245,12 @@ class Settings(BaseSettings):
     )
     quality_port: Port = Field(
         default=8089, description="Port of `headrace quality`: health, readiness, metrics."
+    )
+    without_model: Without = Field(
+        default="wait",
+        description="What workers do with events while there is no model: wait (they stay in the last log until they "
+        "can be scored), fold (they are folded and never scored), or features (their predictions carry features "
+        "and no score).",
     )
     session_s: Annotated[int, Field(ge=6, le=60)] = Field(
         default=6,

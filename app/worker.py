@@ -58,6 +58,9 @@ HAND_OVER_S = 10.0  # for a flush of what was folded; the group waits somewhat l
 SILENT_MS = 5000  # Kafka acknowledges in some, and in a rebalance of its own in a thousand
 MIRROR_S = 2.0  # for what the mirror has yet to take then
 SHADOW_S = 1.0  # and, at the end, for what challengers have yet to score
+CHALLENGERS_S = (
+    5.0  # at the start, for challengers to be loaded, so that the first events have their records too
+)
 STOP_S = 30.0
 TAKE_S = 600.0  # a checkpoint of some GB is restored by then; who hangs for longer is better started anew
 
@@ -90,7 +93,7 @@ class Partitions:
         """The log that nobody can score yet, for what was folded passes unscored; and what waits for the ledger."""
         worker = self._worker
         full = {topic for topic, route in worker.routes.items() if isinstance(route, Asking) and route.full}
-        if CHAMPION not in worker.serving.models:
+        if worker.settings.without_model == "wait" and CHAMPION not in worker.serving.models:
             full.add(worker.pipeline.entities[-1].log)
         return frozenset(full)
 
@@ -277,6 +280,11 @@ class Worker:
         settings: Settings, port: int,
     ) -> None:  # fmt: skip
         """counts: partitions by topic, from kafka.checked_partitions."""
+        if settings.without_model == "features" and not pipeline.predictions_carry_features:
+            raise HeadraceError(
+                f"HEADRACE_WITHOUT_MODEL is features, but predictions of {pipeline.name} carry none; drop "
+                "'predictions_carry_features: false' from the pipeline file, or let workers wait or fold."
+            )
         self.pipeline, self.serving = pipeline, serving
         self.settings = settings
         self.membership = Membership(settings.session_s, settings.instance_id)
@@ -367,7 +375,11 @@ class Worker:
         for stage in self.stages:
             stage.warm()
         await self.serving.look()
-        await self.serving.look_at_challengers()  # a canary decides from the first event on
+        if CHAMPION not in self.serving.models:
+            say(f"{pipeline.instance}: {self._meanwhile}")
+        # a canary decides from the first event on
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.serving.look_at_challengers(), CHALLENGERS_S)
         self._background(self.serving.run())
         self._background(self.shadow.run())
         self._background(self.control.listen())
@@ -380,7 +392,7 @@ class Worker:
                 self._background(route.run())
         if self.checkpoint is not None:
             self._background(self.checkpoint.run())
-        api = create_api(pipeline, self._mirror, metrics.registry(self), self._ready)
+        api = create_api(pipeline, self._mirror, metrics.registry(self), self._ready, remark=self._remark)
         self._web = await serve(api, self.settings.api_host, self._port)
         # What exists now lives as long as the process: no collection need look at it again.
         gc.collect()
@@ -399,7 +411,7 @@ class Worker:
         )  # fmt: skip
         self.score = Score(
             pipeline, self.stages[-1], models, self.serving.shares, self.outbox, self._reject, self.shadow.take,
-            self.serving.drop,
+            self.serving.drop, self.settings.without_model,
         )  # fmt: skip
         found = routes(
             pipeline, self.outbox, self._reject_record, self._counts, self.events,
@@ -502,6 +514,20 @@ class Worker:
         self.watchdog.check()
         return time.time_ns() // 1_000_000
 
+    @property
+    def _meanwhile(self) -> str:
+        """What becomes of events while there is no model, and why there is none."""
+        says = {
+            "wait": "Nothing is scored:",
+            "fold": "Nothing is scored, and what is folded meanwhile never will be:",
+            "features": "Predictions carry features and no score:",
+        }[self.settings.without_model]
+        return f"{says} {self.serving.why}"
+
+    def _remark(self) -> str | None:
+        """What a worker that is ready cannot do."""
+        return None if CHAMPION in self.serving.models else self._meanwhile
+
     async def _ready(self) -> str | None:
         return next(self._troubles(), None)
 
@@ -509,8 +535,8 @@ class Worker:
         """What keeps it from its work, the worst first."""
         if not self.partitions.taken:
             yield "The worker holds no partitions yet; it waits for Kafka to assign some."
-        if CHAMPION not in self.serving.models:
-            yield f"Nothing is scored: {self.serving.why}"
+        if CHAMPION not in self.serving.models and self.settings.without_model != "features":
+            yield self._meanwhile
         since = self.outbox.since
         if since is not None and (waited := self._now_ms() - since) > SILENT_MS:
             yield f"Kafka has not acknowledged a batch for {waited // 1000} s; the worker waits."

@@ -129,6 +129,8 @@ def test_the_latest_prediction() -> None:
     made = Prediction(1, 1, 0.5, "pass", SHOP.name, "m1", SHOP.definition, False, Origin(0, 0))
     assert diagnosis.latest(SHOP, made, "m1") == diagnosis.latest(SHOP, None, "m1") == []
     assert verdicts(diagnosis.latest(SHOP, made, "m2")) == [("model", "warn")]
+    (unscored,) = diagnosis.latest(SHOP, msgspec.structs.replace(made, version=None), "m1")
+    assert unscored.seen == "the latest is without a model, the champion is m1"
     older = msgspec.structs.replace(made, definition="0")
     assert verdicts(diagnosis.latest(SHOP, older, "m1")) == [("definition", "warn")]
 

@@ -127,7 +127,7 @@ def worker_metrics() -> dict[str, set[str]]:
             refused={"champion": SimpleNamespace(version="", reason="golden")},
             away=None,
         ),
-        score=SimpleNamespace(predicted=0),
+        score=SimpleNamespace(predicted=0, unscored=0),
         shadow=SimpleNamespace(sent=0, missed=0),
         routes={"labels": SimpleNamespace(routed=0, waiting=0)},
         dead_letters=0,

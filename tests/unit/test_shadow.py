@@ -302,7 +302,8 @@ def test_a_crash_behind_the_predictions_leaves_some_without_a_shadow(
 
 def test_a_challenger_alone_does_not_let_the_last_log_be_read() -> None:
     serving: Any = SimpleNamespace(models={"challenger-x": Other()})
-    worker: Any = SimpleNamespace(pipeline=SHOP, in_step=None, serving=serving, routes={})
+    settings_ = SimpleNamespace(without_model="wait")
+    worker: Any = SimpleNamespace(pipeline=SHOP, in_step=None, serving=serving, settings=settings_, routes={})
     partitions = Partitions(worker, "")
     assert partitions.held_back == {SHOP.entities[-1].log}
     serving.models["champion"] = simulation.Score()
