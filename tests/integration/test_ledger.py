@@ -298,6 +298,14 @@ async def test_only_who_stands_where_the_ledger_does_may_write(world: Settings, 
         await old.write(in_hand)
     assert (await old.places([tp], {tp: 0}))[tp] == Place(20, 19)
     assert len(await rows_of(postgres_url, pipeline)) == 20
+    # without that look at the place it would go back, and what was read would be read again
+
+    async def nothing(*_: Any) -> None: ...
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(old, "_hold", nothing)
+        await old.write(in_hand)
+    assert (await old.places([tp], {tp: 0}))[tp] == Place(10, 9)
     # what is read again from the beginning, is there already
     await new.forget([pipeline.predictions])
     again = rows_for(pipeline, range(25), (await new.places([tp], {tp: 0}))[tp], now)
