@@ -335,9 +335,17 @@ async def test_days_are_made_and_dropped(world: Settings, postgres_url: str) -> 
     # a day that another has dropped is made anew
     late = rows_for(pipeline, range(30, 40), new.moves[tp].after, now - 29 * DAY_MS)
     assert await writer.write(late) == 10
-    await writer.close()
-    await other.close()
-    await admin.close()
+    # who reads for long holds up what is dropped, and nothing else
+    reports = await asyncpg.connect(url)
+    async with reports.transaction():
+        await reports.fetch("SELECT count(*) FROM ledger.outcomes")
+        ahead = rows_for(pipeline, range(40, 50), late.moves[tp].after, now + 3 * DAY_MS)
+        assert await writer.write(ahead) == 10
+        with pytest.raises(asyncpg.LockNotAvailableError):
+            await other.keep(now + 40 * DAY_MS, 30)
+    assert await other.keep(now + 40 * DAY_MS, 30)
+    for each in (reports, admin, writer, other):
+        await each.close()
 
 
 async def test_a_connection_that_breaks_loses_and_doubles_nothing(world: Settings, postgres_url: str) -> None:
