@@ -59,6 +59,7 @@ SILENT_MS = 5000  # Kafka acknowledges in some, and in a rebalance of its own in
 MIRROR_S = 2.0  # for what the mirror has yet to take then
 SHADOW_S = 1.0  # and, at the end, for what challengers have yet to score
 STOP_S = 30.0
+LEAVE_S = 8.0  # for Kafka's clients to leave the group after that
 TAKE_S = 600.0  # a checkpoint of some GB is restored by then; who hangs for longer is better started anew
 
 log = logging.getLogger(__name__)
@@ -572,16 +573,25 @@ def create_worker(worker: Worker) -> App:
         await worker.partitions.release()
 
     async def stopping(*_: Any, **__: Any) -> None:
-        # What hangs behind this, a client's socket perhaps, must not keep the process: all is flushed by then.
-        last = threading.Timer(STOP_S + 5, os._exit, (1,))
-        last.daemon = True
-        last.start()
+        late = _exit_after(STOP_S + 5, 1)
         app.consumer.epoch += 1
         await asyncio.wait_for(worker.stop(), STOP_S)
+        late.cancel()
+        # All is flushed and let go. What hangs behind this, a client that waits for its coordinator perhaps, must not
+        # keep the process.
+        _exit_after(LEAVE_S, 0)
 
     app.on_partitions_revoked.connect(revoked, weak=False)
     app.on_before_shutdown.connect(stopping, weak=False)
     return app
+
+
+def _exit_after(seconds: float, code: int) -> threading.Timer:
+    """End the process then, unless it has ended or this is cancelled."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def run(worker: Worker) -> None:
