@@ -123,10 +123,10 @@ class Prediction(msgspec.Struct):
     definition: str
     late: bool
     origin: Origin
-    keys: dict[str, str | None] = {}
     features: dict[str, float | None] = {}
     degraded: bool = False
     stream: str | None = None
+    keys: dict[str, str | None] = {}
 
 
 class OfEvent(Protocol):

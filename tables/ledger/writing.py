@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import itertools
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -196,18 +197,24 @@ class Writer:
             return
         async with self._transaction() as connection:
             await self._alone(connection)
-            for day in missing:
-                for table in PARTED:
-                    await connection.execute(
-                        f"CREATE TABLE IF NOT EXISTS {SCHEMA}.{table}_{_name(day)} PARTITION OF {SCHEMA}.{table} "
-                        f"FOR VALUES FROM ('{_date(day)}T00:00Z') TO ('{_date(day + 1)}T00:00Z')"
-                    )
+            for day, table in itertools.product(missing, PARTED):
+                await self._have_day(connection, table, day)
         self._days |= set(missing)
+
+    async def _have_day(self, connection: Any, table: str, day: int) -> None:
+        """Made apart and attached, for which nobody who reads or writes has to be waited for."""
+        name = f"{SCHEMA}.{table}_{_name(day)}"
+        if await connection.fetchval("SELECT to_regclass($1)", name) is None:
+            await connection.execute(f"CREATE TABLE {name} (LIKE {SCHEMA}.{table} INCLUDING ALL)")
+            await connection.execute(
+                f"ALTER TABLE {SCHEMA}.{table} ATTACH PARTITION {name} "
+                f"FOR VALUES FROM ('{_date(day)}T00:00Z') TO ('{_date(day + 1)}T00:00Z')"
+            )
 
     async def keep(self, now: int, days: int) -> list[str]:
         """Make the partitions of today and tomorrow, and drop those of more than `days` ago; their names.
 
-        now: ms.
+        To drop needs a moment in which nobody reads: without one it raises LockNotAvailableError. now: ms.
         """
         today = now // DAY_MS
         await self._have_days({today, today + 1})

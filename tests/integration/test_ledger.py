@@ -298,6 +298,14 @@ async def test_only_who_stands_where_the_ledger_does_may_write(world: Settings, 
         await old.write(in_hand)
     assert (await old.places([tp], {tp: 0}))[tp] == Place(20, 19)
     assert len(await rows_of(postgres_url, pipeline)) == 20
+    # without that look at the place it would go back, and what was read would be read again
+
+    async def nothing(*_: Any) -> None: ...
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(old, "_hold", nothing)
+        await old.write(in_hand)
+    assert (await old.places([tp], {tp: 0}))[tp] == Place(10, 9)
     # what is read again from the beginning, is there already
     await new.forget([pipeline.predictions])
     again = rows_for(pipeline, range(25), (await new.places([tp], {tp: 0}))[tp], now)
@@ -327,9 +335,17 @@ async def test_days_are_made_and_dropped(world: Settings, postgres_url: str) -> 
     # a day that another has dropped is made anew
     late = rows_for(pipeline, range(30, 40), new.moves[tp].after, now - 29 * DAY_MS)
     assert await writer.write(late) == 10
-    await writer.close()
-    await other.close()
-    await admin.close()
+    # who reads for long holds up what is dropped, and nothing else
+    reports = await asyncpg.connect(url)
+    async with reports.transaction():
+        await reports.fetch("SELECT count(*) FROM ledger.outcomes")
+        ahead = rows_for(pipeline, range(40, 50), late.moves[tp].after, now + 3 * DAY_MS)
+        assert await writer.write(ahead) == 10
+        with pytest.raises(asyncpg.LockNotAvailableError):
+            await other.keep(now + 40 * DAY_MS, 30)
+    assert await other.keep(now + 40 * DAY_MS, 30)
+    for each in (reports, admin, writer, other):
+        await each.close()
 
 
 async def test_a_connection_that_breaks_loses_and_doubles_nothing(world: Settings, postgres_url: str) -> None:
