@@ -37,7 +37,7 @@ for command in (
     services.up, services.down, services.status,
     pipelines.check, pipelines.schema, pipelines.topics, pipelines.features,
     checkpoints.checkpoints, data.data, models.train, models.models,
-    processes.worker, processes.api, processes.replay,
+    processes.worker, processes.api, processes.start, processes.replay,
     answers.doctor, answers.explain, dlq.dlq,
     runs.demo, runs.chaos, bench.bench,
 ):  # fmt: skip

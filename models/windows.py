@@ -86,11 +86,14 @@ _RESERVE = 2**24  # lines for which a large array has addresses from the first, 
 
 # Columns of the profiles' table: the chunk and its class, the first row in use (it moves up as old
 # rows are forgotten), how many rows, the newest event time; the chunk of labels that wait for events, and of
-# what was reversed; the chunk of a long profile's index of ids, and how many it has.
+# what was reversed; the chunk of a long profile's index of ids, and how many it has; words with a bit for each id
+# of a short one, by which most events are known to be new without a look at the rows.
 (
     _CHUNK, _CLASS, _START, _LENGTH, _NEWEST, _EARLY, _EARLY_CLASS, _EARLY_LENGTH, _INDEX, _INDEX_CLASS, _INDEXED,
-) = range(11)  # fmt: skip
-_EMPTY = (-1, -1, 0, 0, NULL, -1, -1, 0, -1, -1, 0)
+    _MARKS,
+) = range(12)  # fmt: skip
+_MARK_WORDS = 4
+_EMPTY = (-1, -1, 0, 0, NULL, -1, -1, 0, -1, -1, 0, *(0,) * _MARK_WORDS)
 _NONE = -1
 _GONE = (
     REVERSED | 1 << _LABEL_BITS
@@ -396,6 +399,7 @@ def _room_for_row(rows: Ints, heap: Ints, p: Ints) -> bool:
         for i in range(length + 1):
             rows[p[_CHUNK] + i] = rows[start + i]
         p[_START] = p[_CHUNK]
+        _mark_all(rows, p)
         return True
     chunk = _take(rows, heap, p[_CLASS] + 1)
     if chunk == _NONE:
@@ -405,6 +409,7 @@ def _room_for_row(rows: Ints, heap: Ints, p: Ints) -> bool:
     _give(rows, heap, p[_CHUNK], p[_CLASS])
     p[_CHUNK] = p[_START] = chunk
     p[_CLASS] += 1
+    _mark_all(rows, p)
     return True
 
 
@@ -792,8 +797,12 @@ def _known(rows: Ints, p: Ints, event_id: int) -> bool:
     for row in range(p[_EARLY], p[_EARLY] + p[_EARLY_LENGTH]):
         if rows[row, _ID] == event_id and rows[row, _STATE] == _GONE:
             return True
-    if p[_LENGTH] >= _LONG and p[_INDEX] != _NONE and not _place(rows, p, event_id)[1]:
-        return False  # a forgotten row's id stays in the index, so a hit is looked up
+    # A forgotten row's id stays in the index and in the marks for a while, so a hit is looked up.
+    if p[_LENGTH] >= _LONG:
+        if p[_INDEX] != _NONE and not _place(rows, p, event_id)[1]:
+            return False
+    elif not _mark(p, event_id, False):
+        return False
     for i in range(p[_START] + p[_LENGTH] - 1, p[_START] - 1, -1):  # noqa: SIM110 - numba has no any() of this
         if rows[i, _ID] == event_id:
             return True
@@ -801,11 +810,36 @@ def _known(rows: Ints, p: Ints, event_id: int) -> bool:
 
 
 @jit
+def _spread_of(event_id: int) -> int:
+    """Ids come in sequences, too: each bit of the result depends on many of the id's."""
+    return int(event_id ^ (event_id >> 17) ^ (event_id >> 41))
+
+
+@jit
+def _mark(p: Ints, event_id: int, put: bool) -> bool:
+    """Whether an id's bit is set; set it, if asked to."""
+    place = _spread_of(event_id) & (64 * _MARK_WORDS - 1)
+    word, bit = _MARKS + (place >> 6), np.int64(1) << np.int64(place & 63)
+    found = p[word] & bit != 0
+    if put:
+        p[word] |= bit
+    return bool(found)
+
+
+@jit
+def _mark_all(rows: Ints, p: Ints) -> None:
+    """Marks of the ids that there are; those of forgotten rows are gone."""
+    p[_MARKS : _MARKS + _MARK_WORDS] = 0
+    for i in range(p[_START], p[_START] + p[_LENGTH]):
+        _mark(p, rows[i, _ID], True)
+
+
+@jit
 def _place(rows: Ints, p: Ints, event_id: int) -> tuple[int, bool]:
     """Where an id is in the index, or would be. The index is a hash table with open addresses, NULL where free."""
     width = rows.shape[1]
     cells = (_SMALLEST << p[_INDEX_CLASS]) * width
-    place = (event_id ^ (event_id >> 17) ^ (event_id >> 41)) % cells
+    place = _spread_of(event_id) % cells
     while True:
         found = rows[p[_INDEX] + place // width, place % width]
         if found in (event_id, NULL):
@@ -815,7 +849,8 @@ def _place(rows: Ints, p: Ints, event_id: int) -> tuple[int, bool]:
 
 @jit
 def _note(rows: Ints, heap: Ints, p: Ints, event_id: int) -> bool:
-    """Note the id of an event that gets a row, where the profile is long. False when the arena is full."""
+    """Note the id of an event that gets a row. False when the arena is full."""
+    _mark(p, event_id, True)
     if p[_LENGTH] < _LONG:
         if p[_INDEX] != _NONE:  # it would miss what comes until the profile is long again
             _give(rows, heap, p[_INDEX], p[_INDEX_CLASS])
@@ -990,6 +1025,7 @@ def _unpack(  # noqa: PLR0912 - by part
         for c in range(columns):
             rows[i + 1, SUMS + c] += _gain(plan.columns, c, packed[at : at + plan.values], state)
         at += plan.values
+    _mark_all(rows, p)
     for i in range(p[_EARLY], p[_EARLY] + early):
         rows[i, _TIME] = packed[at] >> 2
         rows[i, _STATE] = packed[at] & 3 if i < p[_EARLY] + waiting else _GONE

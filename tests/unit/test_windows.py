@@ -590,6 +590,19 @@ def test_a_profile_that_was_long_and_is_again_knows_its_ids() -> None:
     assert set(worker.fold([replace(e, time=2400) for e in short])[1].tolist()) == {DUPLICATE}
 
 
+def test_a_profile_that_was_long_and_is_short_knows_its_ids() -> None:
+    """Also those that came while it was long, through a restart and a move of the arena."""
+    worker = Worker(plan([Aggregate(COUNT, 1000)], [], 0))
+    ids = np.random.default_rng(3).integers(-(2**62), 2**62, 401).tolist()
+    worker.fold([Entry(0, t, ids[t]) for t in range(400)])
+    worker.fold([Entry(0, 1250, ids[400])])  # rows up to 250 are forgotten
+    again = [Entry(0, 1250, i) for i in ids[251:]]
+    for then in (lambda: None, worker.arena.close_gaps, worker.restart):
+        then()
+        assert set(worker.fold(again)[1].tolist()) == {DUPLICATE}
+    assert set(worker.fold([Entry(0, 1250, i) for i in ids[:251]])[1].tolist()) == {FOLDED}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_long_profile_with_reversals_is_the_oracle_s(seed: int) -> None:
     """Around the length from which it has an index, and well beyond, while rows come late and are forgotten."""
