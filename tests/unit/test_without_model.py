@@ -102,11 +102,11 @@ async def test_events_without_a_model_are_counted(without: Without, sent: int, t
 def test_the_last_log_is_held_back_only_for_those_who_wait(without: Without, held: bool) -> None:
     serving = SimpleNamespace(models=dict[str, Any]())
     settings_ = SimpleNamespace(without_model=without)
-    worker: Any = SimpleNamespace(pipeline=SHOP, in_step=None, serving=serving, settings=settings_)
+    worker: Any = SimpleNamespace(pipeline=SHOP, in_step=None, serving=serving, settings=settings_, routes={})
     partitions = Partitions(worker, "")
-    assert partitions.held_back == (SHOP.entities[-1].log if held else None)
+    assert partitions.held_back == ({SHOP.entities[-1].log} if held else set())
     serving.models["champion"] = simulation.Score()
-    assert partitions.held_back is None
+    assert partitions.held_back == set()
 
 
 def test_who_waits_folds_no_event_that_cannot_be_scored(tmp_path: Path) -> None:
@@ -129,7 +129,9 @@ def test_who_waits_folds_no_event_that_cannot_be_scored(tmp_path: Path) -> None:
 async def test_readiness_tells_that_there_is_no_model(
     without: Without, ready: bool, says: str, tmp_path: Path
 ) -> None:
-    serving: Any = SimpleNamespace(models={}, why="No model of shop is the champion.", drop=None)
+    serving: Any = SimpleNamespace(
+        models={}, shares={}, why="No model of shop is the champion.", drop=None, watch=lambda *_: None
+    )
     given = Settings(data_root=tmp_path, checkpoints="off", without_model=without)
     worker = Worker(SHOP, serving, counts_of(SHOP), ADDRESSES, given, 0)
     worker.watchdog.stop()
