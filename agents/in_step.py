@@ -43,6 +43,7 @@ class InStep:
         self._lanes: dict[Place, _Lane] = {}
         self._others: dict[Place, tuple[int | None, float]] = {}  # low, None where unheard, and since when
         self.starts = 0  # how often partitions were taken over
+        self.held_back: frozenset[str] = frozenset()  # topics that are not read now, so they hold nobody back
 
     def start(self, starts: Mapping[Place, int], ends: Mapping[Place, int], now: float) -> None:
         """These partitions are ours now, read from these offsets; where their logs end at present."""
@@ -103,7 +104,7 @@ class InStep:
             lanes = {place: lane for place, lane in self._lanes.items() if place[0] in topics}
             if not any(lane.records for lane in lanes.values()):
                 continue
-            lows = [lane.known(now) for lane in lanes.values()]
+            lows = [lane.known(now) for place, lane in lanes.items() if place[0] not in self.held_back]
             others = [
                 low for place, (low, at) in self._others.items()
                 if place[0] in topics and place not in lanes and now - at <= IDLE_S
@@ -111,7 +112,7 @@ class InStep:
             if None in others:  # it may be behind all of ours
                 lows += [lane.first - self._alignment for lane in lanes.values() if lane.behind]
             lows += [low for low in others if low is not None]
-            limit = min(*lows, _NO_LIMIT - self._alignment) + self._alignment
+            limit = min([*lows, _NO_LIMIT - self._alignment]) + self._alignment
             for place, lane in lanes.items():
                 if records := lane.take(limit):
                     taken[place] = records
@@ -140,7 +141,10 @@ class InStep:
     def lows(self, now: float) -> dict[Place, int | None]:
         """What others are to hear of our partitions."""
         lows = {place: lane.low(now) for place, lane in self._lanes.items()}
-        return {place: None if low == _NO_LIMIT else low for place, low in lows.items()}
+        return {
+            place: None if low == _NO_LIMIT or place[0] in self.held_back else low
+            for place, low in lows.items()
+        }
 
     def differ(self, told: Mapping[Place, int | None], lows: Mapping[Place, int | None]) -> bool:
         """Whether it matters that others heard this and not that."""

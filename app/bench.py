@@ -19,6 +19,7 @@ from app.local import services
 from app.settings import Settings
 from models.errors import HeadraceError
 from models.pipeline import Pipeline, find
+from models.windows import Floats
 
 DAYS = 120  # of the default city: 9,600 payments a day
 WARM_UP_S = 5.0
@@ -33,20 +34,17 @@ def throughput(settings: Settings, name: str, events: int) -> dict[str, Any]:
     CPU and memory are of the whole worker process, from when it holds its partitions until the last
     prediction is out: fetching, both stages, scoring, sending, flushes, mirror.
     """
-    return _run(settings, name, events, _throughput)
+    return run(settings, name, events, _throughput)
 
 
 def latency(settings: Settings, name: str, rate: float, seconds: float) -> dict[str, Any]:
     """An open load of so many events a second: from when each was due until its prediction arrived here."""
 
-    async def measure(load: _Load) -> dict[str, Any]:
-        return await _latency(load, rate)
-
-    return _run(settings, name, int(rate * (seconds + WARM_UP_S)), measure)
+    return run(settings, name, int(rate * (seconds + WARM_UP_S)), lambda load: _latency(load, rate))
 
 
 @dataclass
-class _Load:
+class Load:
     """What a benchmark runs on."""
 
     settings: Settings
@@ -56,12 +54,13 @@ class _Load:
     report: Report
 
 
-def _run(
+def run(
     settings: Settings,
     name: str,
     events: int,
-    measure: Callable[[_Load], Coroutine[Any, Any, dict[str, Any]]],
+    measure: Callable[[Load], Coroutine[Any, Any, dict[str, Any]]],
 ) -> dict[str, Any]:
+    """Measure on services, a pipeline of its own, and a load of so many events."""
     console = Console(stderr=True)
 
     def report(text: str) -> None:
@@ -71,7 +70,7 @@ def _run(
     pipeline = find(name, settings.pipelines, f"{name}-bench")
     with session.running_services(settings, lambda s, e: report(f"{s}: {e}")) as addresses:
         tape = _prepare(settings, pipeline, events, report)
-        return asyncio.run(measure(_Load(settings, pipeline, tape, addresses, report)))
+        return asyncio.run(measure(Load(settings, pipeline, tape, addresses, report)))
 
 
 def _prepare(settings: Settings, pipeline: Pipeline, events: int, report: Report) -> replay.Tape:
@@ -103,7 +102,7 @@ def city(settings: Settings) -> Path:
     return file
 
 
-async def _throughput(load: _Load) -> dict[str, Any]:
+async def _throughput(load: Load) -> dict[str, Any]:
     settings, pipeline, tape, addresses = load.settings, load.pipeline, load.tape, load.addresses
     await session.fresh(settings, pipeline, addresses)
     load.report(f"publishing a backlog of {tape.events:,} events and {len(tape.rows) - tape.events:,} labels")
@@ -162,7 +161,7 @@ def catchup(
         write_cards(file, customers=customers, terminals=2 * customers, days=days)
     with session.running_services(settings, lambda s, e: report(f"{s}: {e}")) as addresses:
         lifecycle.ensure(pipeline, city(settings), settings.models_root, report)
-        load = _Load(settings, pipeline, replay.tape(file, pipeline), addresses, report)
+        load = Load(settings, pipeline, replay.tape(file, pipeline), addresses, report)
         runs = {
             way: asyncio.run(_catchup(load, late, seconds))
             for way, seconds in (("in_step", alignment), ("out_of_step", 0.0))
@@ -180,7 +179,7 @@ def catchup(
     }
 
 
-async def _catchup(load: _Load, late: float, alignment: float) -> dict[str, Any]:
+async def _catchup(load: Load, late: float, alignment: float) -> dict[str, Any]:
     pipeline, address, tape = load.pipeline, load.addresses.kafka, load.tape
     settings = load.settings.model_copy(update={"alignment_s": alignment})
     await session.fresh(settings, pipeline, load.addresses)
@@ -223,39 +222,56 @@ async def _counts(address: str, pipeline: Pipeline) -> dict[int, int]:
     return counts
 
 
-async def _latency(load: _Load, rate: float) -> dict[str, Any]:
-    settings, pipeline, tape, addresses = load.settings, load.pipeline, load.tape, load.addresses
-    await session.fresh(settings, pipeline, addresses)
-    worker = session.Process(settings, pipeline, "worker")
-    reader = session.Predictions(addresses.kafka, pipeline)
-    due = np.zeros(tape.events)
+async def _latency(load: Load, rate: float) -> dict[str, Any]:
+    await session.fresh(load.settings, load.pipeline, load.addresses)
+    worker = session.Process(load.settings, load.pipeline, "worker")
+    reader = session.Predictions(load.addresses.kafka, load.pipeline)
     try:
         worker.start()
         await worker.ready()
-        load.report(
-            f"{rate:,.0f} events/s for {tape.events / rate:.0f} s, of which the first {WARM_UP_S:.0f} do not count"
-        )
         before = await worker.metrics()
-        async with reader.reading():
-            await replay.publish(tape, pipeline, addresses.kafka, rate, None, due)
-            await reader.until(tape.events, worker.check)
+        due, waited = await open_load(load, rate, reader, [worker])
         after = await worker.metrics()
     finally:
         worker.stop()
-    ids = np.array(reader.ids, np.int64)
-    order = np.argsort(tape.history.ids)
-    sent = due[order[np.searchsorted(tape.history.ids, ids, sorter=order)]]
-    waited = (np.array(reader.arrived) - sent)[sent >= due.min() + WARM_UP_S] * 1000
-    p50, p99, most = np.percentile(waited, [50, 99, 100]).tolist()
+    counted = waited[due >= WARM_UP_S]
     cpu = after["process_cpu_seconds_total"] - before["process_cpu_seconds_total"]
     return {
         "bench": "latency",
-        "pipeline": pipeline.name,
+        "pipeline": load.pipeline.name,
         "rate": rate,
-        "events": len(waited),
-        "missing": tape.events - len(reader.ids),
-        "p50_ms": round(p50, 2),
-        "p99_ms": round(p99, 2),
-        "max_ms": round(most, 2),
-        "cpu_us_per_event": round(cpu / tape.events * 1e6, 2),
+        "events": len(counted),
+        "missing": load.tape.events - len(reader.ids),
+        **spread(counted),
+        "cpu_us_per_event": round(cpu / load.tape.events * 1e6, 2),
     }
+
+
+async def open_load(
+    load: Load, rate: float, reader: session.Predictions, workers: list[session.Process]
+) -> tuple[Floats, Floats]:
+    """Send the tape's events, so many a second, and read their predictions until none is missing or comes.
+
+    Of each prediction, in the reader's order: when its event was due, s since the first, and the ms until it was read.
+    """
+    tape, due = load.tape, np.zeros(load.tape.events)
+
+    def check() -> None:
+        for worker in workers:
+            worker.check()
+
+    load.report(
+        f"{rate:,.0f} events/s for {tape.events / rate:.0f} s, of which the first {WARM_UP_S:.0f} do not count"
+    )
+    async with reader.reading():
+        await replay.publish(tape, load.pipeline, load.addresses.kafka, rate, None, due)
+        await reader.until(tape.events, check)
+    order = np.argsort(tape.history.ids)
+    sent = due[order[np.searchsorted(tape.history.ids, np.array(reader.ids, np.int64), sorter=order)]]
+    return sent - due.min(), (np.array(reader.arrived) - sent) * 1000
+
+
+def spread(waited: Floats, of: str = "") -> dict[str, float]:
+    """Median, 99th percentile and the longest of waits in ms, by names that begin with `of`."""
+    found = np.percentile(waited, [50, 99, 100]).tolist()
+    return {f"{of}{name}_ms": round(ms, 2) for name, ms in zip(("p50", "p99", "max"), found, strict=True)}

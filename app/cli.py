@@ -15,6 +15,7 @@ from app.commands import (
     checkpoints,
     data,
     dlq,
+    ledger,
     mirror,
     models,
     pipelines,
@@ -49,7 +50,7 @@ for command in (
     services.up, services.down, services.status,
     pipelines.check, pipelines.schema, pipelines.topics, pipelines.features,
     checkpoints.checkpoints, mirror.mirror, data.data, models.train, models.models,
-    processes.worker, processes.api, processes.replay,
+    processes.worker, processes.api, processes.quality, processes.start, processes.replay, ledger.ledger,
     answers.doctor, answers.explain, dlq.dlq,
     runs.demo, runs.chaos, bench.bench,
 ):  # fmt: skip

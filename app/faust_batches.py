@@ -46,8 +46,8 @@ class Positions(Protocol):
     in_step: InStep
 
     @property
-    def held_back(self) -> str | None:
-        """A topic that is not to be read now."""
+    def held_back(self) -> frozenset[str]:
+        """Topics that are not to be read now."""
 
     async def take(self, committed: Mapping[TP, int | None], consumer: Consumer) -> Mapping[TP, int]:
         """Open what was assigned, given what the group committed. Returns the next offset of each."""
@@ -177,8 +177,8 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         """What may be handled now: what was fetched, but for what is ahead of the rest."""
         in_step, waits = self.positions.in_step, STEP_S if self.positions.in_step.waiting else POLL_S
         assigned = self._get_active_partitions() if self.flow_active else set()
-        held_back = self.positions.held_back
-        active = {tp for tp in assigned if tp.topic != held_back and not in_step.full(tp)}
+        in_step.held_back = self.positions.held_back
+        active = {tp for tp in assigned if tp.topic not in in_step.held_back and not in_step.full(tp)}
         found = await self._getmany(active, waits) if active else {}
         if not found:
             await asyncio.sleep(0 if active else waits)

@@ -59,7 +59,7 @@ def with_own_models(settings: Settings, name: str) -> Settings:
 def running_services(
     settings: Settings, report: Callable[[str, str], None], wanted: Sequence[str] = ("kafka", "redis")
 ) -> Iterator[services.Addresses]:
-    """These services for as long as the run takes. Those that ran before go on.
+    """Kafka and Redis, or others, for as long as the run takes. Those that ran before go on.
 
     From here on SIGTERM is as good as Ctrl-C: both end what the run has started.
     """
@@ -99,7 +99,7 @@ async def fresh(settings: Settings, pipeline: Pipeline, addresses: services.Addr
 
 
 class Process:
-    """`headrace worker` or `headrace api`, as a user would start it, in a session of its own."""
+    """`headrace worker`, `headrace api` or `headrace ledger run`, as a user would start it, in a session of its own."""
 
     def __init__(
         self, settings: Settings, pipeline: Pipeline, command: str, number: int = 1, **environment: str
@@ -107,11 +107,13 @@ class Process:
         """environment: further variables of the process."""
         self.name = command
         self.port = free_port()
-        self.log = settings.data_root / "logs" / f"{pipeline.instance}-{command}-{number}.log"
+        self.log = (
+            settings.data_root / "logs" / f"{pipeline.instance}-{command.replace(' ', '-')}-{number}.log"
+        )
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.unlink(missing_ok=True)
         self._arguments = [
-            sys.executable, "-m", "app.cli", command, "--pipeline", pipeline.name, "--as", pipeline.instance,
+            sys.executable, "-m", "app.cli", *command.split(), "--pipeline", pipeline.name, "--as", pipeline.instance,
             "--port", str(self.port),
         ]  # fmt: skip
         self._environment = (
@@ -202,7 +204,7 @@ class Predictions:
         self._address, self._pipeline, self._seen = address, pipeline, seen
         self.ids: list[int] = []
         self.arrived: list[float] = []  # seconds since the epoch
-        self.scores: list[float] = []
+        self.scores: list[float | None] = []
 
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[Predictions]:

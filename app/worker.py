@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
@@ -28,7 +28,7 @@ from agents.flush import Flush
 from agents.in_step import InStep
 from agents.mirror import MirrorAgent
 from agents.outbox import Outbox
-from agents.route import Route, routes
+from agents.route import Asking, KnowsEvents, Route, asks, routes
 from agents.score import Score
 from agents.shadow import Shadow
 from agents.stage import Stage
@@ -58,7 +58,11 @@ HAND_OVER_S = 10.0  # for a flush of what was folded; the group waits somewhat l
 SILENT_MS = 5000  # Kafka acknowledges in some, and in a rebalance of its own in a thousand
 MIRROR_S = 2.0  # for what the mirror has yet to take then
 SHADOW_S = 1.0  # and, at the end, for what challengers have yet to score
+CHALLENGERS_S = (
+    5.0  # at the start, for challengers to be loaded, so that the first events have their records too
+)
 STOP_S = 30.0
+LEAVE_S = 8.0  # for Kafka's clients to leave the group after that
 TAKE_S = 600.0  # a checkpoint of some GB is restored by then; who hangs for longer is better started anew
 
 log = logging.getLogger(__name__)
@@ -86,10 +90,13 @@ class Partitions:
         return bool(self.held)
 
     @property
-    def held_back(self) -> str | None:
-        """The log that nobody can score yet: it is not read, for what was folded passes unscored."""
+    def held_back(self) -> frozenset[str]:
+        """The log that nobody can score yet, for what was folded passes unscored; and what waits for the ledger."""
         worker = self._worker
-        return None if CHAMPION in worker.serving.models else worker.pipeline.entities[-1].log
+        full = {topic for topic, route in worker.routes.items() if isinstance(route, Asking) and route.full}
+        if worker.settings.without_model == "wait" and CHAMPION not in worker.serving.models:
+            full.add(worker.pipeline.entities[-1].log)
+        return frozenset(full)
 
     async def take(
         self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer
@@ -274,6 +281,11 @@ class Worker:
         settings: Settings, port: int,
     ) -> None:  # fmt: skip
         """counts: partitions by topic, from kafka.checked_partitions."""
+        if settings.without_model == "features" and not pipeline.predictions_carry_features:
+            raise HeadraceError(
+                f"HEADRACE_WITHOUT_MODEL is features, but predictions of {pipeline.name} carry none; drop "
+                "'predictions_carry_features: false' from the pipeline file, or let workers wait or fold."
+            )
         self.pipeline, self.serving = pipeline, serving
         self.settings = settings
         self.membership = Membership(settings.session_s, settings.instance_id)
@@ -302,6 +314,8 @@ class Worker:
             if self._checkpoints
             else None
         )
+        self._ledger: Any = None
+        self.events: KnowsEvents | None = self._look_ups(addresses) if asks(pipeline) else None
         # Made when the loop runs, by `start`.
         self.producer: Producer
         self.shadow_producer: Producer
@@ -340,6 +354,12 @@ class Worker:
             len(codec.writers) if own else 1,
         )  # fmt: skip
 
+    def _look_ups(self, addresses: Addresses) -> KnowsEvents:
+        from tables.ledger import reading  # asyncpg is loaded by whom it is for
+
+        self._ledger = reading.Ledger(addresses.postgres_url, self.pipeline, connections=1)
+        return reading.Events(self._ledger, self._counts[self.pipeline.predictions])
+
     async def start(self) -> None:
         """Before the first partition is assigned."""
         pipeline = self.pipeline
@@ -356,6 +376,11 @@ class Worker:
         for stage in self.stages:
             stage.warm()
         await self.serving.look()
+        if CHAMPION not in self.serving.models:
+            say(f"{pipeline.instance}: {self._meanwhile}")
+        # a canary decides from the first event on
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.serving.look_at_challengers(), CHALLENGERS_S)
         self._background(self.serving.run())
         self._background(self.shadow.run())
         self._background(self.control.listen())
@@ -363,9 +388,12 @@ class Worker:
         self._background(self.control.tell_missing())
         self._background(self.flush.run())
         self._background(self.mirror.run())
+        for route in self.routes.values():
+            if isinstance(route, Asking):
+                self._background(route.run())
         if self.checkpoint is not None:
             self._background(self.checkpoint.run())
-        api = create_api(pipeline, self._mirror, metrics.registry(self), self._ready)
+        api = create_api(pipeline, self._mirror, metrics.registry(self), self._ready, remark=self._remark)
         self._web = await serve(api, self.settings.api_host, self._port)
         # What exists now lives as long as the process: no collection need look at it again.
         gc.collect()
@@ -380,10 +408,16 @@ class Worker:
         models = self.serving.models
         self.shadow = Shadow(
             pipeline, models, self.outbox, lambda: Outbox(self.shadow_producer, self._now_ms, _tell_unsent),
-            self.serving.drop,
+            self.serving.drop, self.serving.watch,
         )  # fmt: skip
-        self.score = Score(pipeline, self.stages[-1], models, self.outbox, self._reject, self.shadow.take)
-        found = routes(pipeline, self.outbox, self._reject_record, self._counts)
+        self.score = Score(
+            pipeline, self.stages[-1], models, self.serving.shares, self.outbox, self._reject, self.shadow.take,
+            self.serving.drop, self.settings.without_model,
+        )  # fmt: skip
+        found = routes(
+            pipeline, self.outbox, self._reject_record, self._counts, self.events,
+            round(self.settings.label_wait_s * 1000), self._now_ms,
+        )  # fmt: skip
         self.routes = {route.topic: route for route in found}
         self.flush = Flush(
             self.stages, found, self.outbox, self.partitions.committed, self.settings.profiles_mib * 2**20
@@ -400,6 +434,8 @@ class Worker:
         if self._web is not None:
             await self._web.cleanup()
         await self._mirror.close()
+        if self._ledger is not None:
+            await self._ledger.close()
         await self.producer.stop()
         await self.shadow_producer.stop()
         self.watchdog.stop()
@@ -479,21 +515,40 @@ class Worker:
         self.watchdog.check()
         return time.time_ns() // 1_000_000
 
-    async def _ready(self) -> str | None:  # noqa: PLR0911 - by what is the matter
+    @property
+    def _meanwhile(self) -> str:
+        """What becomes of events while there is no model, and why there is none."""
+        says = {
+            "wait": "Nothing is scored:",
+            "fold": "Nothing is scored, and what is folded meanwhile never will be:",
+            "features": "Predictions carry features and no score:",
+        }[self.settings.without_model]
+        return f"{says} {self.serving.why}"
+
+    def _remark(self) -> str | None:
+        """What a worker that is ready cannot do."""
+        return None if CHAMPION in self.serving.models else self._meanwhile
+
+    async def _ready(self) -> str | None:
+        return next(self._troubles(), None)
+
+    def _troubles(self) -> Iterator[str]:
+        """What keeps it from its work, the worst first."""
         if not self.partitions.taken:
-            return "The worker holds no partitions yet; it waits for Kafka to assign some."
-        if CHAMPION not in self.serving.models:
-            return f"Nothing is scored: {self.serving.why}"
+            yield "The worker holds no partitions yet; it waits for Kafka to assign some."
+        if CHAMPION not in self.serving.models and self.settings.without_model != "features":
+            yield self._meanwhile
         since = self.outbox.since
         if since is not None and (waited := self._now_ms() - since) > SILENT_MS:
-            return f"Kafka has not acknowledged a batch for {waited // 1000} s; the worker waits."
+            yield f"Kafka has not acknowledged a batch for {waited // 1000} s; the worker waits."
         if self.mirror.failing is not None:
-            return f"Redis does not take the mirror ({self.mirror.failing}); the stream goes on."
+            yield f"Redis does not take the mirror ({self.mirror.failing}); the stream goes on."
         if self.mirror.refused:
-            return f"Others write the mirror of {', '.join(self.mirror.refused)}; the stream goes on."
+            yield f"Others write the mirror of {', '.join(self.mirror.refused)}; the stream goes on."
         if self.mirror.rebuilding:
-            return f"The mirror of {self.mirror.rebuilding} partitions is written anew; the stream goes on."
-        return None
+            yield f"The mirror of {self.mirror.rebuilding} partitions is written anew; the stream goes on."
+        if self.events is not None and self.events.failing is not None:
+            yield f"The ledger does not answer ({self.events.failing}); labels wait for it, the stream goes on."
 
 
 class App(faust.App):  # type: ignore[misc]
@@ -550,16 +605,25 @@ def create_worker(worker: Worker) -> App:
         await worker.partitions.release()
 
     async def stopping(*_: Any, **__: Any) -> None:
-        # What hangs behind this, a client's socket perhaps, must not keep the process: all is flushed by then.
-        last = threading.Timer(STOP_S + 5, os._exit, (1,))
-        last.daemon = True
-        last.start()
+        late = _exit_after(STOP_S + 5, 1)
         app.consumer.epoch += 1
         await asyncio.wait_for(worker.stop(), STOP_S)
+        late.cancel()
+        # All is flushed and let go. What hangs behind this, a client that waits for its coordinator perhaps, must not
+        # keep the process.
+        _exit_after(LEAVE_S, 0)
 
     app.on_partitions_revoked.connect(revoked, weak=False)
     app.on_before_shutdown.connect(stopping, weak=False)
     return app
+
+
+def _exit_after(seconds: float, code: int) -> threading.Timer:
+    """End the process then, unless it has ended or this is cancelled."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def run(worker: Worker) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -98,7 +98,7 @@ class Batch:
 
 Code = Literal[
     "empty", "not-json", "missing-field", "wrong-value", "wrong-decimal", "wrong-time", "time-ahead", "too-large",
-    "wrong-label", "wrong-key", "not-a-record",
+    "wrong-label", "wrong-key", "keys-unknown", "not-a-record",
 ]  # fmt: skip
 
 
@@ -224,6 +224,35 @@ class LabelBatch:
         )  # fmt: skip
 
 
+class Lack(NamedTuple):
+    """Of which event a record does not say all. time: ms, where that is said."""
+
+    event: int
+    time: int | None
+
+
+class Known(NamedTuple):
+    """What is known of an event: its time, ms, and its key of each entity."""
+
+    time: int
+    keys: Mapping[str, str | None]
+
+
+class Found(NamedTuple):
+    """What the ledger knows of events, by their 64-bit ids, the last one predicted first.
+
+    whole_at: all that was predicted before is in it, ms; None where that is not known.
+    """
+
+    events: Mapping[int, Sequence[Known]]
+    whole_at: int | None
+
+
+KEYS_UNKNOWN = Reason(
+    "keys-unknown", "the ledger knows no event of this id, by which its time and keys are looked up"
+)
+
+
 class LabelDecoder:
     """Decodes the JSON of labels or reversals: the event's id, time and keys, what is said, and when it was known."""
 
@@ -232,20 +261,27 @@ class LabelDecoder:
         stream = self.stream
         self.entities = [e for e in pipeline.entities if (e.labelled if self.labels else e.is_of(stream))]
         known = Field(said.known, "timestamp", unit=stream.fields[stream.time].unit)
-        self.times = _column(stream.fields[stream.time])
-        needed = dict.fromkeys([stream.id, stream.time, *(k for e in self.entities for k in e.keys)])
-        typed: list[tuple[Field, Any]] = [
-            (stream.fields[n], _json_type(stream.fields[n], False)) for n in needed
-        ]
+        self.times = _column(replace(stream.fields[stream.time], optional=said.looked_up))
+        found = dict.fromkeys([stream.time, *(k for e in self.entities for k in e.keys)])
+        found.pop(stream.id, None)
+        # what may be looked up
+        self._found = list(found) if said.looked_up else []
+        typed = [(stream.fields[n], _json_type(stream.fields[n], False)) for n in (stream.id, *found)]
         typed.append((known, _json_type(known, False)))
         if self.labels is not None:
             typed.append((Field(self.labels.field, "int"), int | None))
         self._known = said.known
         self.fields = frozenset(f.name for f, _ in typed)
-        self.decode_one = _decoder("Label", typed)
+        self.decode_one = _decoder("Label", typed, self._found)
 
-    def decode(self, values: Sequence[bytes]) -> tuple[LabelBatch, Ints, list[Reject]]:
-        """Decode labels. Those that are good, where they stood, and the rest."""
+    def decode(
+        self, values: Sequence[bytes], known: Sequence[Known | None] | None = None
+    ) -> tuple[LabelBatch, Ints, list[Reject]]:
+        """Decode labels. Those that are good, where they stood, and the rest.
+
+        known: (n,) of the event of each that `lacks` something: None refuses it. Without this it is kept, its
+        time NULL and its keys None.
+        """
         found, kept, rejects = _decode_all(self.decode_one, values)
         stream, labels = self.stream, self.labels
         valid = np.ones(len(found), np.bool_)
@@ -256,14 +292,50 @@ class LabelDecoder:
             wrong = Reason("wrong-label", f"{labels.field} is none of 0, 1 and null")
             _refuse(rejects, kept, valid, good, wrong)
             states = np.array([_LABELS.get(g, UNKNOWN) for g in given], np.int8)
-        times, _ = self.times([getattr(x, stream.time) for x in found])
+        times, _ = self.times([_given(x, stream.time) for x in found])
         clocks, _ = self.times([getattr(x, self._known) for x in found])
-        good = (times >= EARLIEST_MS) & (times < LATEST_MS)
-        _refuse(rejects, kept, valid, good, _no_time(stream))
         ids = stream.identities([getattr(x, stream.id) for x in found])
         keys = {e.name: _keys(found, e.keys) for e in self.entities}
+        lacking = np.array([self._lacks(x) for x in found], np.bool_) if self._found else ~valid
+        good = (times >= EARLIEST_MS) & (times < LATEST_MS) | (lacking & (times == NULL))
+        _refuse(rejects, kept, valid, good, _no_time(stream))
+        for i in np.flatnonzero(lacking & valid).tolist():
+            event = None if known is None else known[int(kept[i])]
+            times[i] = NULL if event is None else event.time
+            for name, of_entity in keys.items():
+                of_entity[i] = None if event is None else event.keys[name]
+        if known is not None:
+            there = np.array([known[i] is not None for i in kept.tolist()], np.bool_)
+            _refuse(rejects, kept, valid, ~lacking | there, KEYS_UNKNOWN)
         index = np.flatnonzero(valid)
         return LabelBatch(times, ids, states, clocks, keys).take(index), kept[index], rejects
+
+    def lacks(self, values: Sequence[bytes]) -> list[Lack | None]:
+        """Of each record what is to be looked up; None where it says all, or is bad anyway."""
+        batch, kept, _ = self.decode(values)
+        found, _, _ = _decode_all(self.decode_one, [values[i] for i in kept.tolist()])
+        lacks: list[Lack | None] = [None] * len(values)
+        for at, event, one in zip(kept.tolist(), batch.ids.tolist(), found, strict=True):
+            if self._lacks(one):
+                time = _given(one, self.stream.time)
+                lacks[at] = Lack(event, None if time is None else int(self.times([time])[0][0]))
+        return lacks
+
+    def pick(self, lack: Lack, events: Sequence[Known]) -> Known | None:
+        """The first of these that is the event of a record: it is of the time that is said, and has all the keys."""
+        for event in events:
+            if lack.time in (None, event.time) and all(e.name in event.keys for e in self.entities):
+                return event
+        return None
+
+    def _lacks(self, one: Any) -> bool:
+        return any(getattr(one, name) is msgspec.UNSET for name in self._found)
+
+
+def _given(one: Any, name: str) -> Any:
+    """What a record says, None where it says nothing."""
+    value = getattr(one, name)
+    return None if value is msgspec.UNSET else value
 
 
 def _keys(events: list[Any], names: Sequence[str]) -> list[Key]:
@@ -314,9 +386,18 @@ def _refuse(
     valid &= good
 
 
-def _decoder(name: str, typed: list[tuple[Field, Any]]) -> Callable[[bytes], Any]:
-    fields: list[Any] = [(f.name, kind) for f, kind in typed if not f.optional]
-    fields += [(f.name, kind | None, None) for f, kind in typed if f.optional]
+def _decoder(
+    name: str, typed: list[tuple[Field, Any]], lacking: Sequence[str] = ()
+) -> Callable[[bytes], Any]:
+    """lacking: the fields that may be absent, and are UNSET then; null is another matter."""
+    said = [(f, kind) for f, kind in typed if f.name not in lacking]
+    fields: list[Any] = [(f.name, kind) for f, kind in said if not f.optional]
+    fields += [(f.name, kind | None, None) for f, kind in said if f.optional]
+    fields += [
+        (f.name, (kind | None if f.optional else kind) | msgspec.UnsetType, msgspec.UNSET)
+        for f, kind in typed
+        if f.name in lacking
+    ]
     struct = msgspec.defstruct(name, fields, gc=False)
     return msgspec.json.Decoder(struct).decode
 

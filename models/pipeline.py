@@ -49,19 +49,27 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Reversals:
-    """A topic that takes events of the first stream out again. known: the field with the time of it."""
+    """A topic that takes events of the first stream out again. known: the field with the time of it.
+
+    looked_up: what a record lacks of its event's time and keys, the ledger has.
+    """
 
     topic: str
     known: str
+    looked_up: bool = False
 
 
 @dataclass(frozen=True)
 class Labels:
-    """A topic of labels of events of the first stream. known: the field with the time at which each became known."""
+    """A topic of labels of events of the first stream. known: the field with the time at which each became known.
+
+    looked_up: what a record lacks of its event's time and keys, the ledger has.
+    """
 
     topic: str
     field: str
     known: str
+    looked_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -356,13 +364,17 @@ class _Compiler:
             raise self.fail(
                 ("labels", "known"), f"{given.known} is the label itself; name the field with the time."
             )
-        return Labels(self.topic(given.topic, "labels", ("labels",)), given.field, given.known)
+        return Labels(
+            self.topic(given.topic, "labels", ("labels",)), given.field, given.known, given.keys == "ledger"
+        )
 
     def reversals(self, given: ReversalsSpec | None, fields: Mapping[str, Field]) -> Reversals | None:
         if given is None:
             return None
         self.said(given.known, fields, ("reversals", "known"))
-        return Reversals(self.topic(given.topic, "reversals", ("reversals",)), given.known)
+        return Reversals(
+            self.topic(given.topic, "reversals", ("reversals",)), given.known, given.keys == "ledger"
+        )
 
     def said(self, name: str, fields: Mapping[str, Field], at: tuple[Any, ...]) -> None:
         """A field of a topic that says something of events."""

@@ -91,6 +91,15 @@ class StreamSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     ] = None
 
 
+Keys = Annotated[
+    Literal["carried", "ledger"],
+    _is(
+        "where the event's time and entity keys come from: `carried` by each record, or from the `ledger` by the "
+        "event's id where a record lacks any of them"
+    ),
+]
+
+
 class LabelsSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The stream of labels. A label carries the event's id, time and entity keys under the first stream's names."""
 
@@ -99,6 +108,7 @@ class LabelsSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         str, _is("the field with the time at which it became known, in the unit of the event time")
     ]
     topic: Annotated[str | None, _is("the topic, `<pipeline>.labels` by default")] = None
+    keys: Keys = "carried"
 
 
 class ReversalsSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -108,6 +118,7 @@ class ReversalsSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         str, _is("the field with the time at which it was reversed, in the unit of the event time")
     ]
     topic: Annotated[str | None, _is("the topic, `<pipeline>.reversals` by default")] = None
+    keys: Keys = "carried"
 
 
 class FeatureSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True, rename={"from_": "from"}):

@@ -1,5 +1,6 @@
 """Real services and real data, made once for the whole test session and taken down at its end."""
 
+import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from app.local import services
 from app.model_life import ModelLife
 from app.settings import Settings
 from models.pipeline import Pipeline, find
+from tables.ledger import migrating
 from tables.model_folder import ModelFolder
 
 REPOSITORY = Path(__file__).parents[1]
@@ -48,6 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
         "HEADRACE_ALIGNMENT_S": "21600",  # tests replay days in seconds
         "HEADRACE_KAFKA_PORT": str(29092 + apart),
         "HEADRACE_REDIS_PORT": str(26379 + apart),
+        "HEADRACE_POSTGRES_PORT": str(25432 + apart),
         "HEADRACE_MLFLOW_PORT": str(25000 + apart),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -67,6 +70,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
 @pytest.fixture(scope="session")
 def addresses(world: Settings) -> services.Addresses:
     return services.addresses(world)
+
+
+@pytest.fixture(scope="session")
+def postgres_url(world: Settings) -> str:
+    """A PostgreSQL with the ledger's tables, for the tests that need one."""
+    url = services.up(world, ["postgres"]).postgres_url
+    asyncio.run(migrating.migrate(url))
+    return url
 
 
 @pytest.fixture(scope="session")

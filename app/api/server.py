@@ -50,9 +50,9 @@ class Problem(msgspec.Struct):
 
 def create_api(
     pipeline: Pipeline, mirror: MirrorReader, registry: CollectorRegistry, ready: Ready,
-    clock: Callable[[], float] = time.time,
+    clock: Callable[[], float] = time.time, remark: Callable[[], str | None] = lambda: None,
 ) -> web.Application:  # fmt: skip
-    """An aiohttp application. clock: seconds since the epoch."""
+    """An aiohttp application. clock: seconds since the epoch; remark: what else to say when ready."""
     lookups = Counter("headrace_lookups", "Look-ups of features, by status", ["status"], registry=registry)
     seconds = Histogram(
         "headrace_lookup_seconds", "Time of a look-up", registry=registry,
@@ -65,26 +65,35 @@ def create_api(
         lookups.labels(response.status).inc()
         return response
 
+    application = web.Application(middlewares=[_problems])
+    application.add_routes(
+        [
+            web.get("/v1/features/{entity}/{id:.+}", features),
+            *pages(registry, ready, remark),
+        ]
+    )
+    return application
+
+
+def pages(
+    registry: CollectorRegistry, ready: Ready, remark: Callable[[], str | None] = lambda: None
+) -> list[web.RouteDef]:
+    """What every process has: health, readiness and metrics. remark: what else to say when ready."""
+
     async def healthz(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
 
     async def readyz(_: web.Request) -> web.Response:
         reason = await ready()
-        return web.Response(text="ready\n") if reason is None else _json(Problem(reason), 503)
+        if reason is not None:
+            return _json(Problem(reason), 503)
+        said = remark()
+        return web.Response(text="ready\n" if said is None else f"ready. {said}\n")
 
     async def metrics(_: web.Request) -> web.Response:
         return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    application = web.Application(middlewares=[_problems])
-    application.add_routes(
-        [
-            web.get("/v1/features/{entity}/{id:.+}", features),
-            web.get("/healthz", healthz),
-            web.get("/readyz", readyz),
-            web.get("/metrics", metrics),
-        ]
-    )
-    return application
+    return [web.get("/healthz", healthz), web.get("/readyz", readyz), web.get("/metrics", metrics)]
 
 
 def mirror_ready(mirror: MirrorReader) -> Ready:

@@ -33,7 +33,7 @@ def worker(name: str, alias: str | None, port: int | None) -> None:
     from app.serving import Serving
 
     life = model_life.of(settings, addresses, pipeline)
-    serving = Serving(life, settings.model_every_s, workers.say)
+    serving = Serving(life, settings.model_every_s, workers.say, settings.canary_bounds)
     counts = asyncio.run(kafka.checked_partitions(addresses.kafka, pipeline))
     built = workers.Worker(pipeline, serving, counts, addresses, settings, port or settings.worker_port)
     workers.run(built)
@@ -52,6 +52,28 @@ def api(name: str, alias: str | None, port: int | None) -> None:
     settings = common.settings()
     pipeline = common.find(settings, name, alias)
     run(pipeline, services.addresses(settings).redis_url, settings.api_host, port or settings.api_port)
+
+
+@click.command(epilog="Example: headrace quality --pipeline card-fraud & curl localhost:8089/metrics")
+@common.pipeline_options
+@click.option("--port", type=int, help="HEADRACE_QUALITY_PORT by default.")
+def quality(name: str, alias: str | None, port: int | None) -> None:
+    """Judge versions by their labels, as these come, and take a canary back that turns out worse."""
+    from app import kafka, model_life
+    from app import quality as process
+    from app.local import services
+
+    settings = common.settings()
+    pipeline = common.find(settings, name, alias)
+    addresses = services.addresses(settings)
+    built = process.Quality(
+        model_life.of(settings, addresses, pipeline), settings.quality_days, settings.quality_events,
+        settings.canary_bounds, process.say,
+    )  # fmt: skip
+    asyncio.run(kafka.checked_partitions(addresses.kafka, pipeline))
+    process.run(
+        built, addresses.kafka, settings.api_host, port or settings.quality_port, settings.model_every_s
+    )
 
 
 @click.command(
@@ -81,3 +103,26 @@ def replay(
         common.print_json(sent)
     else:
         click.echo(f"{sent['events']:,} events and {sent['labels']:,} labels in {sent['seconds']:.1f} s")
+
+
+@click.command(epilog="Example: headrace start --pipeline card-fraud --workers 2 --without api")
+@common.pipeline_option
+@click.option("--workers", type=click.IntRange(min=0), help="How many, on ports in a row; 1 by default.")
+@click.option(
+    "--without", "left_out", multiple=True, metavar="PROCESS", help="Do not start it; may be repeated."
+)
+@click.option(
+    "--file",
+    type=click.Path(path_type=Path),
+    default=Path("Procfile"),
+    show_default=True,
+    help="The Procfile.",
+)
+def start(name: str, workers: int | None, left_out: tuple[str, ...], file: Path) -> None:
+    """Run all processes of a pipeline, as the Procfile has them, until Ctrl-C. Exit 1 if one ends by itself."""
+    from app import starting
+
+    settings = common.settings()
+    common.find(settings, name)  # a wrong name is told once
+    counts = dict.fromkeys(left_out, 0) | ({} if workers is None else {"worker": workers})
+    starting.start(file, settings, name, counts)

@@ -31,7 +31,7 @@ class Positions:
         self.first: tuple[str, ...] = ()
         self.taken = asyncio.Event()
         self.in_step = InStep([], {}, 0)
-        self.held_back: str | None = None
+        self.held_back: frozenset[str] = frozenset()
 
     async def release(self) -> None:
         raise AssertionError("nobody asks for it")

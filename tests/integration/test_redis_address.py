@@ -218,7 +218,11 @@ async def test_sentinels_name_the_master_also_after_it_was_lost(tmp_path: Path) 
                 return True
 
             await eventually(written)
-            assert (await second.info("replication"))["role"] == "master"
+
+            async def promoted() -> bool:
+                return str((await second.info("replication"))["role"]) == "master"
+
+            await eventually(promoted)
             assert await count(mirror, "N1") == [6.0]
             await mirror.close()
         finally:

@@ -37,3 +37,26 @@ def test_latency_under_an_open_load(trained: Settings) -> None:
     assert result["missing"] == 0
     assert result["events"] >= 4 * 500 - 5
     assert 0 < result["p50_ms"] <= result["p99_ms"] <= result["max_ms"]
+
+
+@pytest.mark.timeout(300)
+def test_the_ledger_takes_a_backlog(world: Settings, postgres_url: str) -> None:
+    result = bench("ledger", "--rows", "20000")
+    assert result["predictions"] == 20_000
+    assert (
+        min(result["rows_per_s"], result["cpu_us_per_row"], result["event_p50_ms"], result["entity_p50_ms"])
+        > 0
+    )
+
+
+@pytest.mark.timeout(300)
+def test_latency_around_swaps(trained: Settings) -> None:
+    result = bench("swap", "--rate", "300", "--seconds", "12", "--swaps", "2", "--within", "1000")
+    assert (result["swaps"], result["workers"]) == (2, 2)
+    wrong = ("missing", "lost", "doubled", "differing", "changed_back")
+    assert [result[figure] for figure in wrong] == [0] * len(wrong)
+    assert 0 < result["events_around"] < result["events"]
+    for part in ("ordinary", "swap"):
+        assert 0 < result[f"{part}_p50_ms"] <= result[f"{part}_p99_ms"] <= result[f"{part}_max_ms"]
+    assert result["p99_ratio"] > 0
+    assert 0 < result["all_changed_median_s"] <= result["all_changed_most_s"]

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from models.predictions import Place, PredictionEncoder, decode
+from models.predictions import Place, PredictionEncoder, decode, unscored
 from tests.fixtures.histories import bits
 from tests.fixtures.pipelines import shop
 
@@ -47,7 +47,7 @@ def encode(
     return encoder.encode(
         ids or list(range(n)), np.zeros(n, np.int64), np.arange(n) + 1000, np.array(vectors).reshape(n, WIDTH),
         model.score_many(range(n)), np.arange(n) % 2 == 1, np.arange(n) % 3 == 1, model, np.arange(n) + 3,
-        np.arange(n) + 2**40,
+        np.arange(n) + 2**40, [[str(i) for i in range(n)], [None] * n],
     )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_a_prediction_says_what_it_is_of_and_who_made_it() -> None:
     assert json.loads(first) == {
         "id": 7, "event_time": 1000, "score": 0.25, "decision": "pass", "model": "shop", "version": "5f0c",
         "definition": SHOP.definition, "late": False, "degraded": False,
-        "origin": {"partition": 3, "offset": 2**40},
+        "origin": {"partition": 3, "offset": 2**40}, "keys": {"customer": "0", "shop": None},
         "features": dict(zip(SHOP.vector, [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75], strict=True)),
     }  # fmt: skip
     read = decode(second)
@@ -84,8 +84,30 @@ def test_a_score_is_the_model_s_float32(score: float) -> None:
 
 def test_nan_is_null() -> None:
     value = encode([0.5], [math.nan] * WIDTH)[0]
-    assert value.count(b"null") == WIDTH
+    assert value.count(b"null") == WIDTH + 1  # and a key
     assert b"NaN" not in value
+
+
+def test_without_a_model_a_prediction_is_its_features() -> None:
+    zero = np.zeros(1, np.int64)
+    vectors, late = np.arange(WIDTH, dtype=np.float64).reshape(1, WIDTH), np.zeros(1, np.bool_)
+    keys = [["1"], [None]]
+    (value,) = ENCODER.encode(
+        [7], zero, zero + 1000, vectors, unscored(1), late, late, None, zero, zero + 5, keys
+    )
+    assert json.loads(value) == {
+        "id": 7, "event_time": 1000, "score": None, "decision": None, "model": None, "version": None,
+        "definition": SHOP.definition, "late": False, "degraded": False, "origin": {"partition": 0, "offset": 5},
+        "keys": {"customer": "1", "shop": None},
+        "features": dict(zip(SHOP.vector, range(WIDTH), strict=True)),
+    }  # fmt: skip
+    read = decode(value)
+    assert (read.score, read.decision, read.version, read.origin.offset) == (None, None, None, 5)
+
+
+def test_a_score_that_is_no_number_is_read_as_none() -> None:
+    read = decode(encode([math.nan], np.zeros(WIDTH))[0])
+    assert (read.score, read.decision, read.version) == (None, "pass", "5f0c")
 
 
 def test_ids_may_be_text() -> None:
