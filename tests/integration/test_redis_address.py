@@ -196,7 +196,10 @@ async def test_sentinels_name_the_master_also_after_it_was_lost(tmp_path: Path) 
     with contextlib.ExitStack() as stack:
         one = stack.enter_context(server(tmp_path / "one"))
         two = stack.enter_context(server(tmp_path / "two", "--replicaof", f"127.0.0.1 {one}"))
-        watched = f"sentinel monitor mirror 127.0.0.1 {one} 1\nsentinel down-after-milliseconds mirror 500\nsentinel failover-timeout mirror 5000\n"
+        watched = (
+            f"sentinel monitor mirror 127.0.0.1 {one} 1\nsentinel down-after-milliseconds mirror 500\n"
+            "sentinel failover-timeout mirror 5000\n"
+        )
         port = stack.enter_context(server(tmp_path / "sentinel", "--sentinel", conf=watched))
         url = f"redis+sentinel://127.0.0.1:{port}/mirror/0"
         first: Any = connect(f"redis://127.0.0.1:{one}/0")
