@@ -37,12 +37,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def server(home: Path, *options: str, conf: str = "") -> Iterator[int]:
-    """A server of its own. Returns its port. conf: the text of its file of settings."""
-    home.mkdir()
+def server(home: Path, *options: str, conf: str = "", port: int | None = None) -> Iterator[int]:
+    """A server of its own, which is killed in the end. Returns its port. conf: the text of its file of settings."""
+    home.mkdir(exist_ok=True)
     file = home / "server.conf"
     file.write_text(conf)
-    port = free_port()
+    port = port or free_port()
     process = subprocess.Popen(
         [
             valkey.program(),
@@ -62,7 +62,7 @@ def server(home: Path, *options: str, conf: str = "") -> Iterator[int]:
     try:
         yield port
     finally:
-        process.terminate()
+        process.kill()
         process.wait(10)
 
 
