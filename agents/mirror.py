@@ -130,7 +130,8 @@ class MirrorAgent:
             try:
                 await self._once()
             except BaseException:
-                # What is still on its way is of an epoch that ends with the next claim.
+                # What is still on its way is of an epoch that ends with the next claim, and what was done though
+                # no answer came is not taken for the next call.
                 for held in self._held.values():
                     held.mark = None
                 raise
