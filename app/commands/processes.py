@@ -81,3 +81,26 @@ def replay(
         common.print_json(sent)
     else:
         click.echo(f"{sent['events']:,} events and {sent['labels']:,} labels in {sent['seconds']:.1f} s")
+
+
+@click.command(epilog="Example: headrace start --pipeline card-fraud --workers 2 --without api")
+@common.pipeline_option
+@click.option("--workers", type=click.IntRange(min=0), help="How many, on ports in a row; 1 by default.")
+@click.option(
+    "--without", "left_out", multiple=True, metavar="PROCESS", help="Do not start it; may be repeated."
+)
+@click.option(
+    "--file",
+    type=click.Path(path_type=Path),
+    default=Path("Procfile"),
+    show_default=True,
+    help="The Procfile.",
+)
+def start(name: str, workers: int | None, left_out: tuple[str, ...], file: Path) -> None:
+    """Run all processes of a pipeline, as the Procfile has them, until Ctrl-C. Exit 1 if one ends by itself."""
+    from app import starting
+
+    settings = common.settings()
+    common.find(settings, name)  # a wrong name is told once
+    counts = dict.fromkeys(left_out, 0) | ({} if workers is None else {"worker": workers})
+    starting.start(file, settings, name, counts)
