@@ -21,6 +21,7 @@ from app.commands import (
     processes,
     runs,
     services,
+    token,
 )
 from models.errors import HeadraceError
 
@@ -51,7 +52,7 @@ for command in (
     checkpoints.checkpoints, data.data, models.train, models.models,
     processes.worker, processes.api, processes.start, processes.replay, ledger.ledger,
     answers.doctor, answers.explain, dlq.dlq,
-    runs.demo, runs.chaos, bench.bench,
+    runs.demo, runs.chaos, bench.bench, token.token,
 ):  # fmt: skip
     main.add_command(command)
 

@@ -106,7 +106,17 @@ class Mirror:
 
     async def fetch(self, entity: Entity, id_: str) -> Mirrored | None:
         """The values of one entity, None where there are none."""
-        found: Any = await self._client.hgetall(self.key(entity, id_.encode()))
+        return (await self.fetch_many([(entity, id_)]))[0]
+
+    async def fetch_many(self, wanted: Sequence[tuple[Entity, str]]) -> list[Mirrored | None]:
+        """Those of many entities, of any kinds, in one round trip."""
+        async with self._client.pipeline(transaction=False) as pipe:
+            for entity, id_ in wanted:
+                pipe.hgetall(self.key(entity, id_.encode()))
+            found: Any = await pipe.execute()
+        return [self._mirrored(entity, one) for (entity, _), one in zip(wanted, found, strict=True)]
+
+    def _mirrored(self, entity: Entity, found: Any) -> Mirrored | None:
         if not found:
             return None
         return Mirrored(
