@@ -313,7 +313,7 @@ def mirror_differs(pipeline: Pipeline, entity: Entity, ids: list[str], busy: boo
 def _mirrored(pipeline: Pipeline, entity: Entity, ids: list[str], what: str) -> Row:
     return Row(
         "mirror", entity.name, "wrong", f"{len(ids)} of the sample {what} ({_some(sorted(ids))})",
-        f"delete the keys headrace:{pipeline.instance}:{entity.name}:ID in Redis; each is back with its next event",
+        f"`headrace mirror rebuild {call(pipeline)} --empty` while its workers run has them written anew",
     )  # fmt: skip
 
 

@@ -287,10 +287,10 @@ class _Doctor:
     async def _fetch(self, entity: Entity, id_: str) -> Mirrored | None:
         assert self._mirror is not None
         try:
-            found = await self._mirror.fetch(entity, id_)
+            (found,) = await self._mirror.read(entity, [id_])
             # one that expired just now is as good as any
-            return found or Mirrored(0, -1, self._pipeline.definition, False, {})
-        except (KeyError, ValueError, msgspec.MsgspecError):
+            return found or Mirrored(0, -1, self._pipeline.definition, 0, {})
+        except ValueError:
             return None  # not written by a worker
 
     async def _judge_mirror(self) -> None:

@@ -51,6 +51,21 @@ MIRROR_REBUILDING: _Family = (
     "Partitions whose profiles are written to the mirror anew",
     [],
 )
+MIRROR_WAITING: _Family = (
+    "headrace_mirror_waiting",
+    "Profiles that have changed since they were mirrored",
+    [],
+)
+MIRROR_LAG: _Family = (
+    "headrace_mirror_lag_seconds",
+    "For how long what the mirror lacks has been waiting, at most",
+    [],
+)
+MIRROR_REFUSED: _Family = (
+    "headrace_mirror_refused",
+    "Partitions held here whose mirror another owner writes",
+    [],
+)
 MIRROR_UP: _Family = ("headrace_mirror_up", "1 while Redis takes the mirror", [])
 CHECKPOINT_POSITION: _Family = (
     "headrace_checkpoint_position", "Position of a partition's last checkpoint", ["entity", "partition"],
@@ -111,6 +126,9 @@ class WorkerCollector(Collector):
         yield CounterMetricFamily(*DEAD_LETTERS[:2], value=worker.dead_letters)
         yield CounterMetricFamily(*MIRRORED[:2], value=worker.mirror.written)
         yield GaugeMetricFamily(*MIRROR_UP[:2], value=worker.mirror.failing is None)
+        yield GaugeMetricFamily(*MIRROR_WAITING[:2], value=worker.mirror.waiting)
+        yield GaugeMetricFamily(*MIRROR_LAG[:2], value=worker.mirror.lag_s)
+        yield GaugeMetricFamily(*MIRROR_REFUSED[:2], value=len(worker.mirror.refused))
         yield GaugeMetricFamily(*MIRROR_REBUILDING[:2], value=worker.mirror.rebuilding)
         if worker.checkpoint is not None:
             checkpointed, ages = (

@@ -299,7 +299,7 @@ class Worker:
         self.in_step = InStep(_in_step(pipeline), self._counts, round(settings.alignment_s * 1000))
         self.partitions = Partitions(self, self.address)
         self._mirror = Mirror(connect(addresses.redis_url), pipeline)
-        self.mirror = MirrorAgent(self.stages, self._mirror)
+        self.mirror = MirrorAgent(self.stages, self._mirror, counts, self._now_ms, settings.mirror_every_s)
         self._checkpoints = checkpoints.of(settings, pipeline)
         self.checkpoint = (
             CheckpointAgent(self.stages, self._checkpoints, settings.checkpoint_every_s, self._now_ms)
@@ -521,6 +521,8 @@ class Worker:
             yield f"Kafka has not acknowledged a batch for {waited // 1000} s; the worker waits."
         if self.mirror.failing is not None:
             yield f"Redis does not take the mirror ({self.mirror.failing}); the stream goes on."
+        if self.mirror.refused:
+            yield f"Others write the mirror of {', '.join(self.mirror.refused)}; the stream goes on."
         if self.mirror.rebuilding:
             yield f"The mirror of {self.mirror.rebuilding} partitions is written anew; the stream goes on."
         if self.events is not None and self.events.failing is not None:

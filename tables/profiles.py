@@ -9,9 +9,8 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,15 +97,46 @@ class Applied:
 
 @dataclass
 class Touched:
-    """Profiles that changed: their keys, and their values as of their newest event."""
+    """Profiles that changed, n of them, in the order of their partitions.
+
+    features: (n, k) as of `times`, those of their newest events, ms; profiles: compact, as Arena.pack has them;
+    degraded_until: (n,) values as of a time before this, ms, lack what retention has cut, 0 where none do;
+    clocks: (n,) the latest event time of each one's partition.
+    """
 
     slots: Ints
     keys: list[bytes]
+    profiles: list[bytes]
     features: Floats
     times: Ints
     offsets: Ints
-    degraded: Mask
+    degraded_until: Ints
+    clocks: Ints
     partitions: Ints
+
+    @property
+    def degraded(self) -> Mask:
+        """Which features lack what retention has cut."""
+        result: Mask = self.times < self.degraded_until
+        return result
+
+    def of(self, partitions: Container[int]) -> Touched:
+        """Those of these partitions."""
+        return self.take([i for i, p in enumerate(self.partitions.tolist()) if p in partitions])
+
+    def without(self, partitions: Container[int]) -> Touched:
+        """The others."""
+        return self.take([i for i, p in enumerate(self.partitions.tolist()) if p not in partitions])
+
+    def take(self, picks: list[int]) -> Touched:
+        """Those at these places."""
+        if len(picks) == len(self.keys):
+            return self
+        at = np.array(picks, np.int64)
+        return Touched(
+            self.slots[at], [self.keys[i] for i in picks], [self.profiles[i] for i in picks], self.features[at],
+            self.times[at], self.offsets[at], self.degraded_until[at], self.clocks[at], self.partitions[at],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,6 +175,7 @@ class Profiles:
     ) -> None:
         self.entity = entity
         self.loaded = self.evicted = 0  # profiles read from a store, and let go while their partition stays
+        self.recalled = 0  # of those loaded, the ones that the mirror had yet to take
         self.counts = dict.fromkeys((*OUTCOMES, "seen", "gap", "rejected"), 0)
         # By partition and source: the highest offset that came before one that is missing.
         self.gaps: dict[tuple[int, int], int] = {}
@@ -453,6 +484,7 @@ class Profiles:
         owed = self._owed.pop(key_bytes(key), None) if self._owed else None
         if owed is not None:
             self._stale[slot], self._offset[slot] = True, owed[1]
+            self.recalled += 1
         return slot
 
     def _widen(self) -> None:
@@ -618,37 +650,56 @@ class Profiles:
         self.evicted += len(slots)
         return len(slots)
 
-    def touched(self, most: int) -> Touched:
-        """Up to `most` profiles that changed since they were last given out here."""
-        slots = np.flatnonzero(self._stale)
-        if len(self._owed) > len(slots):
-            return self._owed_to_the_mirror(most)
-        slots = slots[:most]
-        self._stale[slots] = False
-        return self._touched(
-            slots,
-            [key_bytes(self._keys[s]) for s in slots.tolist()],
-            self._offset[slots],
-            self._partition[slots],
-        )
+    def touched(self, most: int, without: Container[int] = ()) -> Iterator[Touched]:
+        """Each profile that has changed by now and was not given out since, once, up to `most` at a time.
 
-    def owe(self, partition: int, after: bytes, most: int) -> bytes | None:
-        """Give out again what is stored of a partition, behind this key: the key to go on behind, None at the end.
-
-        What changed since it was stored is to be given out anyway, and stands farther on in the log.
+        What they are is read when it is taken from here. without: partitions that are left out. What changes
+        while it is taken comes with the next call, but for what comes back from a store meanwhile: see `recalled`.
         """
+        waiting = np.flatnonzero(self._stale)
+        waiting = waiting[np.argsort(self._partition[waiting], kind="stable")]
+        for at in range(0, len(waiting), most):
+            slots = waiting[at : at + most]
+            slots = slots[self._stale[slots]]  # the others were evicted, or let go
+            if without:
+                slots = slots[[p not in without for p in self._partition[slots].tolist()]]
+            if len(slots):
+                self._stale[slots] = False
+                keys = [key_bytes(self._keys[s]) for s in slots.tolist()]
+                yield self._touched(slots, keys, self._offset[slots], self._partition[slots])
+        owed = sorted((p, key) for key, (p, _) in self._owed.items() if p not in without)
+        for at in range(0, len(owed), most):
+            found = self._read_owed([key for _, key in owed[at : at + most]])
+            if found.keys:
+                yield found
+
+    def owe(self, partition: int, after: bytes | None, most: int) -> bytes | None:
+        """Give out all of a partition again: those in memory (after None), then some more of those that are not.
+
+        after: the key behind which to go on. Returns that for the next call, None at the end.
+        """
+        if after is None:
+            self._stale[self._partition == partition] = self._mirrored
+            return b""
         store = self._stores[partition]
         keys = store.keys(after, most)
         offset = (store.position or 0) - 1
-        self._owed.update((key, (partition, offset)) for key in keys if key not in self._owed)
+        self._owed.update(
+            (key, (partition, offset)) for key in keys if key not in self._owed and not self._in_memory(key)
+        )
         return keys[-1] if keys else None
 
-    def _owed_to_the_mirror(self, most: int) -> Touched:
-        """Likewise of evicted ones: they are in memory for as long as it takes to read them."""
+    def _in_memory(self, key: bytes) -> bool:
+        """Keys are as they were decoded: bytes, or text, or a number."""
+        text = key.decode()
+        return key in self._slots or text in self._slots or (_is_number(text) and int(text) in self._slots)
+
+    def _read_owed(self, wanted: Sequence[bytes]) -> Touched:
+        """Those that are evicted still: they are in memory for as long as it takes to read them."""
         keys, offsets, partitions, slots = [], [], [], []
-        for key in list(islice(self._owed, most)):
-            partition, offset = self._owed.pop(key)
-            packed = self._stores[partition].get(key)
+        for key in wanted:
+            partition, offset = self._owed.pop(key, (_NO_SLOT, 0))
+            packed = self._stores[partition].get(key) if partition in self._stores else None
             if packed is not None:
                 slots.append(self._arena.unpack(packed))
                 keys.append(key)
@@ -659,10 +710,22 @@ class Profiles:
         self._arena.free(passing)
         return replace(found, slots=np.full(len(keys), _NO_SLOT))
 
+    @property
+    def nothing(self) -> Touched:
+        """What `touched` gives where nothing was."""
+        none = np.zeros(0, np.int64)
+        return self._touched(none, [], none, none)
+
     def _touched(self, slots: Ints, keys: list[bytes], offsets: Ints, partitions: Ints) -> Touched:
         times = self._arena.newest(slots)
-        degraded = times < self._degraded_until[partitions]
-        return Touched(slots, keys, self._arena.read_at(slots, times), times, offsets, degraded, partitions)
+        until = np.maximum(self._degraded_until[partitions], 0)
+        found = Touched(
+            slots, keys, self._arena.pack(slots), self._arena.read_at(slots, times), times, offsets, until,
+            self._clock[partitions], partitions,
+        )  # fmt: skip
+        if (times == NULL).any():  # labels alone, whose events have yet to come: there are no values yet
+            found = found.take(np.flatnonzero(times != NULL).tolist())
+        return found
 
     def touch(self, touched: Touched) -> None:
         """Give these out again: they could not be used. Profiles that were let go meanwhile are not."""
@@ -674,6 +737,10 @@ class Profiles:
                 self._stale[slot] = True
             elif partition in self._stores:  # evicted meanwhile
                 self._owed[key] = partition, offset
+
+
+def _is_number(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
 
 
 def _size(key: Any) -> int:

@@ -16,7 +16,7 @@ from app.api.problems import Fault, ProblemError, invalid
 from app.api.schemas import FeaturesQuery, FeaturesRequest, ManyFeatures, Nothing, instant
 from models.partitions import partitions_of
 from models.pipeline import Entity, Pipeline
-from tables.mirror import Mirror, Mirrored, RedisError
+from tables.mirror import Mirrored, MirrorReader, RedisError
 from tables.profiles import Looked, Profiles
 
 AWAY_S = 1.0  # a mirror that did not answer is asked again after that, so that nobody waits for it meanwhile
@@ -46,7 +46,12 @@ class Lookups:
     """clock: seconds since the epoch. most: entities of one request."""
 
     def __init__(
-        self, pipeline: Pipeline, mirror: Mirror, held: Held | None, most: int, clock: Callable[[], float]
+        self,
+        pipeline: Pipeline,
+        mirror: MirrorReader,
+        held: Held | None,
+        most: int,
+        clock: Callable[[], float],
     ) -> None:
         self._pipeline, self._mirror, self._held = pipeline, mirror, held
         self._most, self._clock = most, clock
@@ -128,20 +133,25 @@ class Lookups:
                     elif isinstance(found, Looked):
                         result[i] = self._of_worker(entity, wanted[i][1], found, names, now)
         # 2. the rest is in the mirror
-        if missing:
-            mirrored = await self._fetch([wanted[i] for i in missing])
-            for i, one in zip(missing, mirrored, strict=True):
-                if one is not None:
-                    result[i] = self._of_mirror(*wanted[i], one, at, names, now)
+        for entity in self._entities.values() if missing else ():
+            ours = [i for i in missing if wanted[i][0] is entity]
+            if ours:
+                ids = [wanted[i][1] for i in ours]
+                answers = self._of_mirror(entity, ids, await self._fetch(entity, ids), at, names, now)
+                for i, one in zip(ours, answers, strict=True):
+                    result[i] = one
         return result
 
-    async def _fetch(self, wanted: Sequence[tuple[Entity, str]]) -> Sequence[Mirrored | None]:
+    async def _fetch(self, entity: Entity, ids: Sequence[str]) -> Sequence[Mirrored | None]:
         if time.monotonic() < self._away_until:
             raise self._unavailable()
         try:
-            return await self._mirror.fetch_many(wanted)
+            return await self._mirror.read(entity, ids)
         except (RedisError, OSError) as error:
             self._away, self._away_until = str(error) or type(error).__name__, time.monotonic() + AWAY_S
+            raise self._unavailable() from None
+        except ValueError as error:  # an entry that somebody has damaged
+            self._away = str(error)
             raise self._unavailable() from None
 
     def _unavailable(self) -> ProblemError:
@@ -170,17 +180,42 @@ class Lookups:
         )  # fmt: skip
 
     def _of_mirror(
-        self, entity: Entity, id_: str, found: Mirrored, at: int | None, names: Sequence[str] | None, now: float
+        self, entity: Entity, ids: Sequence[str], found: Sequence[Mirrored | None], at: int | None,
+        names: Sequence[str] | None, now: float,
+    ) -> list[schemas.Features | None]:  # fmt: skip
+        readable = (
+            [one for one in found if one is not None and one.reader is not None] if at is not None else []
+        )
+        exact: Mapping[int, list[float]] = {}
+        if at is not None and readable and readable[0].reader is not None:
+            # all profiles in one call, by the kernel of the stage
+            times = np.full(len(readable), at, np.int64)
+            rows = readable[0].reader.read_at([one.profile for one in readable], times).tolist()
+            exact = {id(one): row for one, row in zip(readable, rows, strict=True)}
+        return [
+            None if one is None else self._mirrored(entity, id_, one, at, exact.get(id(one)), names, now)
+            for id_, one in zip(ids, found, strict=True)
+        ]
+
+    def _mirrored(
+        self, entity: Entity, id_: str, found: Mirrored, at: int | None, exact: list[float] | None,
+        names: Sequence[str] | None, now: float,
     ) -> schemas.Features:  # fmt: skip
-        reason: schemas.Degraded | None = "retention-cut" if found.degraded else None
+        as_of = found.time if at is None or exact is None else at
+        values: Mapping[str, float | None] = found.features
+        if exact is not None:
+            values = {k: None if math.isnan(v) else v for k, v in zip(values, exact, strict=True)}
+        reason: schemas.Degraded | None = None
         if found.definition != self._pipeline.definition:
             reason = "other-definition"
-        elif at is not None and at != found.time:
-            reason = "newest-only"
+        elif as_of < found.since:
+            reason = "too-far-back"
+        elif found.degraded_at(as_of):
+            reason = "retention-cut"
         return schemas.Features(
-            self._pipeline.name, entity.name, id_, instant(found.time), instant(found.time),
+            self._pipeline.name, entity.name, id_, instant(as_of), instant(found.time),
             round(now - found.time / 1000, 3), found.offset, found.definition, reason is not None, reason,
-            "mirror", {k: v for k, v in found.features.items() if names is None or k in names},
+            "mirror", dict(values) if names is None else {k: v for k, v in values.items() if k in names},
         )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ Short = Annotated[str, Meta(max_length=64)]
 Long = Annotated[str, Meta(max_length=20_000)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Source = Literal["worker", "mirror"]
-Degraded = Literal["retention-cut", "other-definition", "newest-only", "too-far-back"]
+Degraded = Literal["retention-cut", "other-definition", "too-far-back"]
 
 _AT = (
     "The time that values are read at: `now` (the default), `newest` (that of the entity's newest event), RFC 3339, or "

@@ -32,7 +32,7 @@ from app.explain import Explanation
 from app.model_life import ModelLife
 from models.errors import HeadraceError
 from models.pipeline import Pipeline
-from tables.mirror import Mirror, RedisError
+from tables.mirror import MirrorReader, RedisError
 
 Ready = Callable[[], Awaitable[str | None]]  # None, or why not
 
@@ -53,7 +53,7 @@ class Backends:
     """
 
     pipeline: Pipeline
-    mirror: Mirror
+    mirror: MirrorReader
     held: Held | None = None
     kafka: str | None = None
     ledger_url: str | None = None
@@ -283,7 +283,7 @@ class _Api:
         await self._ledgers.close()
 
 
-def mirror_ready(mirror: Mirror) -> Ready:
+def mirror_ready(mirror: MirrorReader) -> Ready:
     """Ready when Redis answers."""
 
     async def ready() -> str | None:

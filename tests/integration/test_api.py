@@ -16,7 +16,7 @@ from app.api.security import new_token
 from app.api.server import Backends, Limits, create_api, mirror_ready, open_to_all
 from app.errors import SettingsError
 from tables.mirror import Mirror, connect
-from tests.integration.test_mirror import mirror, pipeline, touched
+from tests.integration.test_mirror import mirror, pipeline, put, touched
 
 pytestmark = pytest.mark.integration
 __all__ = ["mirror"]  # a fixture
@@ -62,7 +62,7 @@ async def problem(client: Client, method: str, path: str, **how: Any) -> tuple[i
 
 
 async def test_features_with_their_age(client: Client, mirror: Mirror) -> None:
-    await mirror.store(pipeline().entities[0], touched([b"N14228"], 3.0, 12, EVENT_MS))
+    await put(mirror, touched([b"N14228"], 3.0, 12, EVENT_MS))
     async with client.get("/v1/features/tailnum/N14228?at=newest") as response:
         assert response.status == 200
         assert response.content_type == "application/json"
@@ -83,14 +83,31 @@ async def test_features_with_their_age(client: Client, mirror: Mirror) -> None:
     }
 
 
+async def test_values_are_exact_at_any_time(client: Client, mirror: Mirror) -> None:
+    await put(mirror, touched([b"N1"], 3.0, 12, EVENT_MS))
+
+    async def values(at: str) -> tuple[Any, Any]:
+        async with client.get("/v1/features/tailnum/N1", params={"at": at}) as response:
+            body = await response.json()
+            return body["features"]["TAILNUM_NB_7D"], body["reason"]
+
+    week = 7 * 86_400_000
+    assert await values("now") == (1.0, None)
+    assert await values("newest") == (3.0, None)  # what was written beside the profile
+    assert await values(str(EVENT_MS + week - 1)) == (1.0, None)
+    assert await values(str(EVENT_MS + week)) == (0.0, None)
+    assert await values("2013-09-08T03:46:40+02:00") == (0.0, None)
+    assert (await values("2013-01-01"))[1] == "too-far-back"
+
+
 async def test_an_id_may_have_slashes_and_spaces(client: Client, mirror: Mirror) -> None:
-    await mirror.store(pipeline().entities[0], touched([b"a/b c"], 3.0, 12))
+    await put(mirror, touched([b"a/b c"], 3.0, 12))
     async with client.get("/v1/features/tailnum/a%2Fb%20c") as response:
         assert (await response.json())["id"] == "a/b c"
 
 
 async def test_some_features_of_many_entities(client: Client, mirror: Mirror) -> None:
-    await mirror.store(pipeline().entities[0], touched([b"N1", b"N2"], 3.0, 12))
+    await put(mirror, touched([b"N1", b"N2"], 3.0, 12))
     keys = ("N2", "none", "N1")
     asked = {
         "entities": [{"entity": "tailnum", "id": i} for i in keys],
@@ -230,7 +247,7 @@ def tokens(path: Path, *scopes: str, rate: float | None = None) -> list[str]:
 
 async def test_without_or_with_a_wrong_token_nothing_is_readable(mirror: Mirror, tmp_path: Path) -> None:
     (read,) = tokens(tmp_path / "tokens", "read")
-    await mirror.store(pipeline().entities[0], touched([b"N1"], 3.0, 12))
+    await put(mirror, touched([b"N1"], 3.0, 12))
     client = await serving(mirror, tokens=tmp_path / "tokens")
     wrong: list[dict[str, str]] = [
         {}, {"Authorization": "Bearer"}, {"Authorization": f"Bearer {read}x"}, {"Authorization": read},
@@ -379,7 +396,7 @@ def test_an_open_api_that_others_reach_is_told() -> None:
 
 
 async def test_ages_are_of_the_clock(client: Client, mirror: Mirror) -> None:
-    await mirror.store(pipeline().entities[0], touched([b"N1"], 3.0, 12, EVENT_MS))
+    await put(mirror, touched([b"N1"], 3.0, 12, EVENT_MS))
     async with client.get("/v1/features/tailnum/N1") as response:
         body = await response.json()
     assert dt.datetime.fromisoformat(body["newest"]).timestamp() * 1000 == EVENT_MS

@@ -117,7 +117,8 @@ async def test_what_is_broken_is_told_by_name(trained: Settings, addresses: Addr
         # a mirrored value, offset and definition that were altered by hand
         redis, entity = connect(addresses.redis_url), pipeline.entities[0]
         mirror = Mirror(redis, pipeline)
-        key = mirror.key(entity, (await mirror.sample(entity, 1))[0].encode())
+        key = await mirror.key_of(entity, (await mirror.sample(entity, 1))[0])
+        assert key is not None
         for field, value in ((entity.features[0], "77"), ("_offset", "99999999"), ("_definition", "0123")):
             before = await redis.hget(key, field)
             await redis.hset(key, field, value)

@@ -126,7 +126,7 @@ def test_the_latest_prediction() -> None:
 
 
 def test_mirror() -> None:
-    good = Mirrored(1, 5, SHOP.definition, False, {})
+    good = Mirrored(1, 5, SHOP.definition, 0, {})
     spans = {"a": Span(FIRST.log, 0, 0, 6)}
     assert diagnosis.mirror(SHOP, FIRST, spans, {"a": good}) == []
     for bad in (None, replace(good, offset=6), replace(good, definition="0")):

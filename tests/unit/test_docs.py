@@ -126,7 +126,7 @@ def worker_metrics() -> dict[str, set[str]]:
         shadow=SimpleNamespace(sent=0, missed=0),
         routes={"labels": SimpleNamespace(routed=0, waiting=0)},
         dead_letters=0,
-        mirror=SimpleNamespace(written=0, failing=None, rebuilding=0),
+        mirror=SimpleNamespace(written=0, failing=None, rebuilding=0, waiting=0, lag_s=0.0, refused=[]),
         checkpoint=SimpleNamespace(
             taken=[SimpleNamespace(entity="", partition=0, position=1, created_at=0)], failures=0
         ),

@@ -23,7 +23,7 @@ from models.events import EventDecoder, LabelDecoder, key_bytes
 from models.partitions import partition_of
 from models.records import RecordCodec
 from models.windows import COUNT, DUPLICATE, LABEL, MEAN, NULL, OUTCOMES, REVERSED, SHARE, SUM
-from tables.profiles import Applied, Profiles
+from tables.profiles import Applied, Profiles, Touched
 from tables.store import Progress, Snapshot, Store
 from tests.fixtures.histories import bits, packed_of
 from tests.fixtures.logs import Fetched, Mortal, log, order
@@ -385,7 +385,7 @@ def test_what_the_mirror_reads_from_the_store_takes_no_slot_of_others(tmp_path: 
     profiles = customers(tmp_path)  # a new owner, with room for few
     profiles.start_at(0, profiles.open(0) or 0)
     assert profiles.owe(0, b"", 300) is not None
-    assert len(profiles.touched(300).keys) == 300
+    assert len(touched(profiles, 300).keys) == 300
     (more,) = log([order(999, CUSTOMER=mine[7])], [key_bytes(mine[7])])
     applied = profiles.apply([(0, [Fetched(300, more.value, more.key)])])
     assert applied.features[0, 0] == 2
@@ -429,14 +429,14 @@ def test_what_a_cut_log_lacks_marks_values_until_the_longest_window_has_passed(
     assert "customer.log partition 0 has lost what happened before 2020-09-01" in caplog.text.replace(
         SHOP.entities[0].log, "customer.log"
     )
-    assert profiles.touched(9).degraded.tolist() == [True]
+    assert touched(profiles, 9).degraded.tolist() == [True]
     for snapshot in profiles.snapshots():
         profiles.write(snapshot)
     profiles.close(0)
     profiles.start_at(0, profiles.open(0) or 0)
     marks += profiles.apply([(0, records[1:])]).degraded.tolist()
     assert marks == [True, True, False, True]
-    assert profiles.touched(9).degraded.tolist() == [False]
+    assert touched(profiles, 9).degraded.tolist() == [False]
 
 
 def test_values_of_a_degraded_stage_before_are_degraded(tmp_path: Path) -> None:
@@ -614,7 +614,7 @@ def test_letting_go_forgets_that_partition_and_no_other(tmp_path: Path) -> None:
     profiles.close(1)  # once more does no harm
     assert (profiles.partitions, profiles.size) == ([0, 2], 2)
     assert [s.partition for s in profiles.snapshots()] == [0, 2]
-    assert profiles.touched(10).keys == [key_bytes(AT_HOME[p][0]) for p in (0, 2)]
+    assert touched(profiles, 10).keys == [key_bytes(AT_HOME[p][0]) for p in (0, 2)]
     # what it held was never written, so it begins again; its slot serves another profile meanwhile
     profiles.apply([(0, orders(AT_HOME[0][1], 1, first=1))])
     profiles.start_at(1, profiles.open(1) or 0)
@@ -638,21 +638,21 @@ def test_memory_is_used_again(tmp_path: Path) -> None:
 def test_touched_profiles_are_read_as_of_their_newest_event(tmp_path: Path) -> None:
     profiles = opened(customers(tmp_path))
     one, two = AT_HOME[0]
-    assert profiles.touched(10).keys == []
+    assert touched(profiles, 10).keys == []
     profiles.apply([(0, [
         Fetched(0, order(1, CUSTOMER=one, AT=START, AMOUNT=1.5)),
         Fetched(1, order(2, CUSTOMER=two, AT=START, AMOUNT=0.25)),
         Fetched(2, order(3, CUSTOMER=one, AT=START + 2 * DAY, AMOUNT=2.0)),
         Fetched(3, order(4, CUSTOMER=one, AT=START + DAY, AMOUNT=4.0)),  # late: not the newest
     ])])  # fmt: skip
-    touched = profiles.touched(10)
-    assert touched.keys == [key_bytes(one), key_bytes(two)]
-    assert touched.features.tolist() == [[1.0, 7.5], [1.0, 0.25]]
-    assert touched.times.tolist() == [START + 2 * DAY, START]
-    assert touched.offsets.tolist() == [3, 1]
-    assert profiles.touched(10).keys == []
+    given = touched(profiles, 10)
+    assert given.keys == [key_bytes(one), key_bytes(two)]
+    assert given.features.tolist() == [[1.0, 7.5], [1.0, 0.25]]
+    assert given.times.tolist() == [START + 2 * DAY, START]
+    assert given.offsets.tolist() == [3, 1]
+    assert touched(profiles, 10).keys == []
     profiles.apply([(0, orders(two, 9, first=4))])
-    assert profiles.touched(10).keys == [key_bytes(two)]
+    assert touched(profiles, 10).keys == [key_bytes(two)]
 
 
 def test_what_changes_no_value_touches_nothing(tmp_path: Path) -> None:
@@ -665,16 +665,21 @@ def test_what_changes_no_value_touches_nothing(tmp_path: Path) -> None:
     log = partition_of(b"s1", PARTITIONS)
     profiles.apply([(log, [Fetched(n, value, b"s1") for n, value in enumerate(values)])])
     assert (profiles.counts["label_early"], profiles.counts["label_stale"]) == (1, 1)
-    assert profiles.touched(10).keys == []
+    assert touched(profiles, 10).keys == []
 
 
 def test_touched_gives_no_more_than_asked_and_all_in_the_end(tmp_path: Path) -> None:
     profiles = opened(customers(tmp_path))
     some = [c for c in range(100) if home(c) == 0][:7]
     profiles.apply([(0, [Fetched(i, order(i, CUSTOMER=c)) for i, c in enumerate(some)])])
-    given_out = [profiles.touched(3).keys for _ in range(4)]
+    given_out = [touched(profiles, 3).keys for _ in range(4)]
     assert [len(keys) for keys in given_out] == [3, 3, 1, 0]
     assert sorted(key for keys in given_out for key in keys) == sorted(key_bytes(c) for c in some)
+
+
+def touched(profiles: Profiles, most: int) -> Touched:
+    """The first of what is given out."""
+    return next(profiles.touched(most), profiles.nothing)
 
 
 def evicted(profiles: Profiles) -> int:
@@ -690,12 +695,12 @@ def test_what_is_evicted_is_read_back_and_the_mirror_still_gets_it(tmp_path: Pat
     assert evicted(profiles) == 0  # nothing is stored yet
     for snapshot in profiles.snapshots():
         profiles.write(snapshot)
-    first = profiles.touched(1)
+    first = touched(profiles, 1)
     assert evicted(profiles) == 2
     assert (profiles.size, profiles.evicted, profiles.unmirrored) == (0, 2, 1)
     profiles.touch(first)  # it was evicted while it was on its way
-    again, expected = profiles.touched(10), stay.touched(10)
-    assert profiles.touched(10).keys == []
+    again, expected = touched(profiles, 10), touched(stay, 10)
+    assert touched(profiles, 10).keys == []
     order_of = [again.keys.index(key) for key in expected.keys]
     assert bits(again.features[order_of]) == bits(expected.features)
     assert again.times[order_of].tolist() == expected.times.tolist()
@@ -704,10 +709,10 @@ def test_what_is_evicted_is_read_back_and_the_mirror_still_gets_it(tmp_path: Pat
     applied = profiles.apply([(0, orders(one, 4, first=3))])  # one comes back, and is given out once
     assert bits(applied.features) == bits(stay.apply([(0, orders(one, 4, first=3))]).features)
     assert profiles.loaded == 1
-    assert sorted(profiles.touched(10).keys + profiles.touched(10).keys) == [key_bytes(one), key_bytes(two)]
+    assert sorted(touched(profiles, 10).keys + touched(profiles, 10).keys) == [key_bytes(one), key_bytes(two)]
     profiles.touch(again)
     profiles.close(0)
-    assert (profiles.touched(10).keys, profiles.unmirrored) == ([], 0)
+    assert (touched(profiles, 10).keys, profiles.unmirrored) == ([], 0)
 
 
 def test_what_was_in_use_lately_stays(tmp_path: Path) -> None:
@@ -717,7 +722,7 @@ def test_what_was_in_use_lately_stays(tmp_path: Path) -> None:
     def store_all() -> None:
         for snapshot in profiles.snapshots():
             profiles.write(snapshot)
-        profiles.touched(10)
+        touched(profiles, 10)
 
     profiles.apply([(0, [*orders(one, 1), *orders(two, 2, first=1)])])
     store_all()
@@ -745,17 +750,17 @@ def test_what_could_not_be_used_is_given_out_again(tmp_path: Path) -> None:
     profiles = opened(customers(tmp_path))
     one, two = AT_HOME[0]
     profiles.apply([(0, orders(one, 1)), (1, orders(AT_HOME[1][0], 1))])
-    touched = profiles.touched(10)
-    profiles.touch(touched)
-    assert profiles.touched(10).keys == touched.keys
+    given = touched(profiles, 10)
+    profiles.touch(given)
+    assert touched(profiles, 10).keys == given.keys
     # but not of a partition that was let go meanwhile, though its slot may be another's by now
     profiles.close(1)
-    profiles.touch(touched)
-    assert profiles.touched(10).keys == [key_bytes(one)]
+    profiles.touch(given)
+    assert touched(profiles, 10).keys == [key_bytes(one)]
     profiles.apply([(0, orders(two, 1, first=1))])
-    profiles.touched(10)
-    profiles.touch(touched)
-    assert profiles.touched(10).keys == [key_bytes(one)]
+    touched(profiles, 10)
+    profiles.touch(given)
+    assert touched(profiles, 10).keys == [key_bytes(one)]
 
 
 def test_a_profile_of_labels_alone_is_stored_and_not_given_out(tmp_path: Path) -> None:
@@ -766,7 +771,7 @@ def test_a_profile_of_labels_alone_is_stored_and_not_given_out(tmp_path: Path) -
     (value,) = codec.encode_labels(labels, np.array([0]), np.array([0]), NONE_BEFORE, 1)
     p = partition_of(b"x", PARTITIONS)
     profiles.apply([(p, [Fetched(0, value, b"x")])])
-    assert profiles.touched(10).keys == []
+    assert touched(profiles, 10).keys == []
     (snapshot,) = profiles.snapshots()
     assert [k for k, _ in snapshot.profiles] == [b"x"]
     profiles.write(snapshot)
@@ -785,20 +790,20 @@ def test_a_label_touches_what_it_changes(tmp_path: Path) -> None:
     events, _, _ = EventDecoder(SHOP, SHOP.stream).decode([order(1, SHOP="x", AT=START)], np.array([START]))
     (event,) = codec.encode(events, np.zeros((1, 2)), np.array([0]), np.array([0]), NONE_BEFORE, SOUND)
     profiles.apply([(p, [Fetched(0, event, b"x")])])
-    assert profiles.touched(10).keys == [b"x"]
+    assert touched(profiles, 10).keys == [b"x"]
     for n, (id, given_out) in enumerate([(2, []), (1, [b"x"])]):  # one waits for its event, one has it
         label = b'{"ID": %d, "AT": %d, "SHOP": "x", "RETURNED": 1, "KNOWN": %d}' % (id, START, START)
         labels, _, _ = LabelDecoder(SHOP, SHOP.said[0]).decode([label])
         (value,) = codec.encode_labels(labels, np.array([0]), np.array([n]), NONE_BEFORE, 1)
         profiles.apply([(p, [Fetched(n + 1, value, b"x")])])
-        assert profiles.touched(10).keys == given_out
+        assert touched(profiles, 10).keys == given_out
         assert [len(s.profiles) for s in profiles.snapshots()] == [1]
 
 
 def test_warming_changes_nothing(tmp_path: Path) -> None:
     profiles = opened(customers(tmp_path))
     profiles.warm()
-    assert (profiles.size, list(profiles.snapshots()), profiles.touched(10).keys) == (0, [], [])
+    assert (profiles.size, list(profiles.snapshots()), touched(profiles, 10).keys) == (0, [], [])
     assert set(profiles.counts.values()) == {0}
 
 
