@@ -33,20 +33,20 @@ def throughput(settings: Settings, name: str, events: int) -> dict[str, Any]:
     CPU and memory are of the whole worker process, from when it holds its partitions until the last
     prediction is out: fetching, both stages, scoring, sending, flushes, mirror.
     """
-    return _run(settings, name, events, _throughput)
+    return run_load(settings, name, events, _throughput)
 
 
 def latency(settings: Settings, name: str, rate: float, seconds: float) -> dict[str, Any]:
     """An open load of so many events a second: from when each was due until its prediction arrived here."""
 
-    async def measure(load: _Load) -> dict[str, Any]:
+    async def measure(load: Load) -> dict[str, Any]:
         return await _latency(load, rate)
 
-    return _run(settings, name, int(rate * (seconds + WARM_UP_S)), measure)
+    return run_load(settings, name, int(rate * (seconds + WARM_UP_S)), measure)
 
 
 @dataclass
-class _Load:
+class Load:
     """What a benchmark runs on."""
 
     settings: Settings
@@ -56,11 +56,11 @@ class _Load:
     report: Report
 
 
-def _run(
+def run_load(
     settings: Settings,
     name: str,
     events: int,
-    measure: Callable[[_Load], Coroutine[Any, Any, dict[str, Any]]],
+    measure: Callable[[Load], Coroutine[Any, Any, dict[str, Any]]],
 ) -> dict[str, Any]:
     console = Console(stderr=True)
 
@@ -71,7 +71,7 @@ def _run(
     pipeline = find(name, settings.pipelines, f"{name}-bench")
     with session.running_services(settings, lambda s, e: report(f"{s}: {e}")) as addresses:
         tape = _prepare(settings, pipeline, events, report)
-        return asyncio.run(measure(_Load(settings, pipeline, tape, addresses, report)))
+        return asyncio.run(measure(Load(settings, pipeline, tape, addresses, report)))
 
 
 def _prepare(settings: Settings, pipeline: Pipeline, events: int, report: Report) -> replay.Tape:
@@ -103,7 +103,7 @@ def city(settings: Settings) -> Path:
     return file
 
 
-async def _throughput(load: _Load) -> dict[str, Any]:
+async def _throughput(load: Load) -> dict[str, Any]:
     settings, pipeline, tape, addresses = load.settings, load.pipeline, load.tape, load.addresses
     await session.fresh(settings, pipeline, addresses)
     load.report(f"publishing a backlog of {tape.events:,} events and {len(tape.rows) - tape.events:,} labels")
@@ -162,7 +162,7 @@ def catchup(
         write_cards(file, customers=customers, terminals=2 * customers, days=days)
     with session.running_services(settings, lambda s, e: report(f"{s}: {e}")) as addresses:
         lifecycle.ensure(pipeline, city(settings), settings.models_root, report)
-        load = _Load(settings, pipeline, replay.tape(file, pipeline), addresses, report)
+        load = Load(settings, pipeline, replay.tape(file, pipeline), addresses, report)
         runs = {
             way: asyncio.run(_catchup(load, late, seconds))
             for way, seconds in (("in_step", alignment), ("out_of_step", 0.0))
@@ -180,7 +180,7 @@ def catchup(
     }
 
 
-async def _catchup(load: _Load, late: float, alignment: float) -> dict[str, Any]:
+async def _catchup(load: Load, late: float, alignment: float) -> dict[str, Any]:
     pipeline, address, tape = load.pipeline, load.addresses.kafka, load.tape
     settings = load.settings.model_copy(update={"alignment_s": alignment})
     await session.fresh(settings, pipeline, load.addresses)
@@ -223,7 +223,7 @@ async def _counts(address: str, pipeline: Pipeline) -> dict[int, int]:
     return counts
 
 
-async def _latency(load: _Load, rate: float) -> dict[str, Any]:
+async def _latency(load: Load, rate: float) -> dict[str, Any]:
     settings, pipeline, tape, addresses = load.settings, load.pipeline, load.tape, load.addresses
     await session.fresh(settings, pipeline, addresses)
     worker = session.Process(settings, pipeline, "worker")
