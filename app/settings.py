@@ -189,8 +189,8 @@ class Settings(BaseSettings):
     api_timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=10.0, description="Seconds until a request to the API is given up."
     )
-    api_origins: str = Field(
-        default="",
+    api_origins: str | None = Field(
+        default=None,
         description="Origins of web pages that may ask the API (CORS), with commas between; none by default.",
     )
     worker_port: Port = Field(
@@ -274,7 +274,7 @@ class Settings(BaseSettings):
         """What the API asks of requests."""
         from app.api.server import Limits
 
-        origins = frozenset(o.strip() for o in self.api_origins.split(",") if o.strip())
+        origins = frozenset(o.strip() for o in (self.api_origins or "").split(",") if o.strip())
         return Limits(
             self.api_tokens,
             self.api_rate,
