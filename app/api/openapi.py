@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from app.api.problems import KINDS, MEDIA, Problem
+from app.api.schemas import LONGEST_ID
 from app.api.security import Scope
 from models.fields import Field
 from models.pipeline import Pipeline
@@ -133,7 +134,7 @@ def _parameters(
     found = []
     for name in re.findall(r"\{(\w+)\}", route.plain_path):
         if name != left_out:
-            schema: dict[str, Any] = {"type": "string", "minLength": 1}
+            schema: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": LONGEST_ID}
             if name == "entity":
                 schema = {"type": "string", "enum": [entity.name for entity in pipeline.entities]}
             found.append({"name": name, "in": "path", "required": True, "schema": schema})

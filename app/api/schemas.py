@@ -12,11 +12,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 MOST_KEYS = 1000  # entities of one request, whatever the setting
-LONGEST_ID = 4096  # characters
+LONGEST_ID = 1000  # characters
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
 Id = Annotated[str, Meta(min_length=1, max_length=LONGEST_ID)]
 Short = Annotated[str, Meta(max_length=64)]
-Long = Annotated[str, Meta(max_length=20_000)]
+Long = Annotated[str, Meta(max_length=2000)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Source = Literal["worker", "mirror"]
 Degraded = Literal["retention-cut", "other-definition", "too-far-back"]

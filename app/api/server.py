@@ -38,6 +38,7 @@ Ready = Callable[[], Awaitable[str | None]]  # None, or why not
 
 DRAIN_S = 10.0  # for requests under way when the process is to end
 IDLE_S = 75.0  # a connection without a whole request is closed after that; longer than proxies keep theirs
+LONGEST_LINE = 2**16  # of the longest query that the schemas allow, all of it percent-encoded
 DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,9 @@ class _Api:
         self._openapi = msgspec.json.encode(described)
         self._docs = openapi.page(described)
         self.application = web.Application(
-            middlewares=[_unrouted], client_max_size=limits.body, handler_args={"keepalive_timeout": IDLE_S}
+            middlewares=[_unrouted],
+            client_max_size=limits.body,
+            handler_args={"keepalive_timeout": IDLE_S, "max_line_size": LONGEST_LINE},
         )
         for route in listed:
             self.application.router.add_route(route.method, route.path, self._passing(route))

@@ -326,7 +326,8 @@ def test_schemathesis_finds_nothing(work: Work, tmp_path: Path) -> None:
     config.write_text('[parameters]\n"query.wait_s" = 0.05\n')  # many of its events are never predicted
     run = subprocess.run(
         [
-            str(Path(sys.executable).parent / "schemathesis"), "--config-file", str(config), "run", f"{work.api.url}/openapi.json",
+            str(Path(sys.executable).parent / "schemathesis"), "--config-file", str(config),
+            "run", f"{work.api.url}/openapi.json",
             "--checks", ",".join(CHECKS),
             "--exclude-path", "/v1/stream/predictions", "--phases", "examples,coverage,fuzzing",
             "--max-examples", str(max(1, CASES // 14)), "--request-timeout", "40", "--seed", "7", "--no-color",
