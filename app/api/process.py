@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import sys
 from dataclasses import dataclass
@@ -42,6 +43,10 @@ async def _serve(pipeline: Pipeline, services: Services, limits: Limits, host: s
     _say(f"http://{host}:{port}/docs")
     if (warning := open_to_all(limits, host)) is not None:
         _say(warning)
+    # What exists now lives as long as the process: no collection need look at it again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
