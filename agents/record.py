@@ -31,10 +31,10 @@ class _Prediction(msgspec.Struct):
 
     id: _Int64 | str
     event_time: Annotated[int, msgspec.Meta(ge=EARLIEST_MS, lt=LATEST_MS)]
-    score: float
-    decision: str
-    model: str
-    version: str
+    score: float | None
+    decision: str | None
+    model: str | None
+    version: str | None
     definition: str
     late: bool
     origin: _Origin

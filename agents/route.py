@@ -209,6 +209,7 @@ class Asking(Route):
             self._news.clear()
             if await self.once():
                 pause = PAUSES_S[0]
+                await asyncio.sleep(0)  # events have their turn
                 continue
             with contextlib.suppress(TimeoutError):
                 # what comes behind others waits with them; into an empty queue it need not

@@ -111,7 +111,9 @@ def _differing(
     ]  # fmt: skip
     vectors = expected.vectors[rows[known]]
     scores = np.asarray(score(vectors), np.float64) if len(vectors) else np.empty(0)
-    wrong[known] |= scores != np.array([p.score for p in predictions])[known]
+    given = np.array([p.score for p in predictions], np.float64)[known]  # NaN where there is none
+    by_model = np.array([p.version is not None for p in predictions], np.bool_)[known]
+    wrong[known] |= by_model & ~((scores == given) | (np.isnan(scores) & np.isnan(given)))
     for i in np.flatnonzero(wrong).tolist():
         findings.add(
             "differing", **_place(served[i]), **_difference(pipeline, expected, served[i].prediction)

@@ -19,6 +19,7 @@ from app.local import services
 from app.settings import Settings
 from models.errors import HeadraceError
 from models.pipeline import Pipeline, find
+from models.windows import Floats
 
 DAYS = 120  # of the default city: 9,600 payments a day
 WARM_UP_S = 5.0
@@ -33,16 +34,13 @@ def throughput(settings: Settings, name: str, events: int) -> dict[str, Any]:
     CPU and memory are of the whole worker process, from when it holds its partitions until the last
     prediction is out: fetching, both stages, scoring, sending, flushes, mirror.
     """
-    return run_load(settings, name, events, _throughput)
+    return run(settings, name, events, _throughput)
 
 
 def latency(settings: Settings, name: str, rate: float, seconds: float) -> dict[str, Any]:
     """An open load of so many events a second: from when each was due until its prediction arrived here."""
 
-    async def measure(load: Load) -> dict[str, Any]:
-        return await _latency(load, rate)
-
-    return run_load(settings, name, int(rate * (seconds + WARM_UP_S)), measure)
+    return run(settings, name, int(rate * (seconds + WARM_UP_S)), lambda load: _latency(load, rate))
 
 
 @dataclass
@@ -56,12 +54,13 @@ class Load:
     report: Report
 
 
-def run_load(
+def run(
     settings: Settings,
     name: str,
     events: int,
     measure: Callable[[Load], Coroutine[Any, Any, dict[str, Any]]],
 ) -> dict[str, Any]:
+    """Measure on services, a pipeline of its own, and a load of so many events."""
     console = Console(stderr=True)
 
     def report(text: str) -> None:
@@ -224,38 +223,55 @@ async def _counts(address: str, pipeline: Pipeline) -> dict[int, int]:
 
 
 async def _latency(load: Load, rate: float) -> dict[str, Any]:
-    settings, pipeline, tape, addresses = load.settings, load.pipeline, load.tape, load.addresses
-    await session.fresh(settings, pipeline, addresses)
-    worker = session.Process(settings, pipeline, "worker")
-    reader = session.Predictions(addresses.kafka, pipeline)
-    due = np.zeros(tape.events)
+    await session.fresh(load.settings, load.pipeline, load.addresses)
+    worker = session.Process(load.settings, load.pipeline, "worker")
+    reader = session.Predictions(load.addresses.kafka, load.pipeline)
     try:
         worker.start()
         await worker.ready()
-        load.report(
-            f"{rate:,.0f} events/s for {tape.events / rate:.0f} s, of which the first {WARM_UP_S:.0f} do not count"
-        )
         before = await worker.metrics()
-        async with reader.reading():
-            await replay.publish(tape, pipeline, addresses.kafka, rate, None, due)
-            await reader.until(tape.events, worker.check)
+        due, waited = await open_load(load, rate, reader, [worker])
         after = await worker.metrics()
     finally:
         worker.stop()
-    ids = np.array(reader.ids, np.int64)
-    order = np.argsort(tape.history.ids)
-    sent = due[order[np.searchsorted(tape.history.ids, ids, sorter=order)]]
-    waited = (np.array(reader.arrived) - sent)[sent >= due.min() + WARM_UP_S] * 1000
-    p50, p99, most = np.percentile(waited, [50, 99, 100]).tolist()
+    counted = waited[due >= WARM_UP_S]
     cpu = after["process_cpu_seconds_total"] - before["process_cpu_seconds_total"]
     return {
         "bench": "latency",
-        "pipeline": pipeline.name,
+        "pipeline": load.pipeline.name,
         "rate": rate,
-        "events": len(waited),
-        "missing": tape.events - len(reader.ids),
-        "p50_ms": round(p50, 2),
-        "p99_ms": round(p99, 2),
-        "max_ms": round(most, 2),
-        "cpu_us_per_event": round(cpu / tape.events * 1e6, 2),
+        "events": len(counted),
+        "missing": load.tape.events - len(reader.ids),
+        **spread(counted),
+        "cpu_us_per_event": round(cpu / load.tape.events * 1e6, 2),
     }
+
+
+async def open_load(
+    load: Load, rate: float, reader: session.Predictions, workers: list[session.Process]
+) -> tuple[Floats, Floats]:
+    """Send the tape's events, so many a second, and read their predictions until none is missing or comes.
+
+    Of each prediction, in the reader's order: when its event was due, s since the first, and the ms until it was read.
+    """
+    tape, due = load.tape, np.zeros(load.tape.events)
+
+    def check() -> None:
+        for worker in workers:
+            worker.check()
+
+    load.report(
+        f"{rate:,.0f} events/s for {tape.events / rate:.0f} s, of which the first {WARM_UP_S:.0f} do not count"
+    )
+    async with reader.reading():
+        await replay.publish(tape, load.pipeline, load.addresses.kafka, rate, None, due)
+        await reader.until(tape.events, check)
+    order = np.argsort(tape.history.ids)
+    sent = due[order[np.searchsorted(tape.history.ids, np.array(reader.ids, np.int64), sorter=order)]]
+    return sent - due.min(), (np.array(reader.arrived) - sent) * 1000
+
+
+def spread(waited: Floats, of: str = "") -> dict[str, float]:
+    """Median, 99th percentile and the longest of waits in ms, by names that begin with `of`."""
+    found = np.percentile(waited, [50, 99, 100]).tolist()
+    return {f"{of}{name}_ms": round(ms, 2) for name, ms in zip(("p50", "p99", "max"), found, strict=True)}

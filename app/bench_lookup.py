@@ -15,7 +15,7 @@ import numpy as np
 import uvloop
 
 from app import replay, session
-from app.bench import WARM_UP_S, Load, run_load
+from app.bench import WARM_UP_S, Load, run
 from app.settings import Settings
 from models.errors import HeadraceError
 
@@ -37,7 +37,7 @@ def lookup(settings: Settings, name: str, rate: float, seconds: float) -> dict[s
         return await _measure(load, rate, seconds)
 
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    return run_load(settings, name, int(EVENT_RATE * (FRESH_S + WARM_UP_S)), measure)
+    return run(settings, name, int(EVENT_RATE * (FRESH_S + WARM_UP_S)), measure)
 
 
 async def _measure(load: Load, rate: float, seconds: float) -> dict[str, Any]:

@@ -50,7 +50,7 @@ for command in (
     services.up, services.down, services.status,
     pipelines.check, pipelines.schema, pipelines.topics, pipelines.features,
     checkpoints.checkpoints, data.data, models.train, models.models,
-    processes.worker, processes.api, processes.start, processes.replay, ledger.ledger,
+    processes.worker, processes.api, processes.quality, processes.start, processes.replay, ledger.ledger,
     answers.doctor, answers.explain, dlq.dlq,
     runs.demo, runs.chaos, bench.bench, token.token,
 ):  # fmt: skip

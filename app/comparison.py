@@ -15,10 +15,11 @@ from app.errors import RegistryError
 from app.model_life import ModelLife
 from app.terminal import table
 from models import predictions, shadows
-from models.comparison import TOP, Comparison, Decide, Observed, compare
+from models.comparison import Comparison, Decide, Observed, compare
 from models.errors import HeadraceError
 from models.events import LabelDecoder
 from models.pipeline import Pipeline
+from models.quality import TOP
 from models.scoring import Decisions, ModelError
 from models.windows import NEGATIVE, POSITIVE
 
@@ -87,11 +88,11 @@ async def read(pipeline: Pipeline, address: str, since: float, until: float) -> 
     topics = [pipeline.predictions, pipeline.shadow, *([pipeline.labels.topic] if pipeline.labels else [])]
     there = await kafka.partitions_of(address, topics)
     async for made in _decoded(address, there, pipeline.predictions, predictions.decode):
-        if since <= made.event_time < until:
+        if since <= made.event_time < until and made.version is not None:
             observed.add(identity(pipeline, made), made.event_time, made.version, made.score)
     async for shadow in _decoded(address, there, pipeline.shadow, shadows.decode):
         if since <= shadow.event_time < until:
-            for scored in shadow.challengers.values():
+            for scored in (shadow.champion, *shadow.challengers.values()):
                 observed.add(identity(pipeline, shadow), shadow.event_time, scored.version, scored.score)
     if pipeline.labels is not None and there[pipeline.labels.topic]:
         records = [r async for r in kafka.read_between(address, pipeline.labels.topic)]
@@ -125,7 +126,7 @@ def show(found: Comparison) -> None:
         {
             "events": f.events, "with a known label": f.labelled, "positive": f.positives, "AUC": f.auc,
             "average precision": f.ap, f"precision of a day's first {TOP}": f.precision_at_top,
-            "calibration error": f.calibration_error,
+            "calibration error": f.calibration_error, "positives to expected": f.calibration_ratio,
             **{f"score, quantile {q}": value for q, value in f.quantiles.items()},
         }
         for f in found.versions

@@ -219,8 +219,9 @@ class _Board:
 
     def see(self, prediction: Prediction) -> None:
         self._predicted += 1
-        self._decisions[prediction.decision] = self._decisions.get(prediction.decision, 0) + 1
-        if prediction.decision != self._pipeline.model.otherwise:
+        decision = prediction.decision or "without a model"
+        self._decisions[decision] = self._decisions.get(decision, 0) + 1
+        if prediction.score is not None and decision != self._pipeline.model.otherwise:
             self._recent.append(prediction)
 
     def live(self) -> Live:

@@ -15,6 +15,7 @@ import numpy as np
 
 from app import verify
 from app.kafka import Group, Place, Span, wanted_topics
+from models.canary import Canary
 from models.pipeline import Entity, Pipeline
 from models.predictions import Prediction
 from models.windows import NULL, Arena
@@ -261,6 +262,14 @@ def predictions(
     return rows or ok("predictions", f"{checked:,} of the last events that were flushed are predicted")
 
 
+def canary(version: str, found: Canary) -> list[Row]:
+    """What the version that has the canary's alias decides, or why it does not any more."""
+    if found.reason is None:
+        return ok("model", f"canary {version} decides for {found.share:g} % of the entities")
+    remedy = "train a better one, or set it again; `headrace models withdraw canary` ends this warning"
+    return [Row("model", "canary", "warn", f"taken back: {found.reason}", remedy)]
+
+
 def latest(pipeline: Pipeline, prediction: Prediction | None, champion: str | None) -> list[Row]:
     """Whether the latest prediction was made as one would be made now."""
     if prediction is None:
@@ -273,7 +282,8 @@ def latest(pipeline: Pipeline, prediction: Prediction | None, champion: str | No
         )
         rows.append(Row("predictions", "definition", "warn", seen, remedy))
     if champion is not None and prediction.version != champion:
-        seen = f"the latest is by model {prediction.version}, the champion is {champion}"
+        by = "without a model" if prediction.version is None else f"by model {prediction.version}"
+        seen = f"the latest is {by}, the champion is {champion}"
         rows.append(Row("predictions", "model", "warn", seen, remedy))
     return rows
 

@@ -37,6 +37,7 @@ from models.records import RecordCodec
 from models.windows import EVENT
 from tables import homes
 from tables.mirror import Mirror, Mirrored, RedisError, connect
+from tables.model_folder import CANARY
 
 STEP_S, TOTAL_S = 8.0, 20.0  # for one thing to be read, and for all of them
 ANSWER_S = 4.0  # for a service to say that it is there
@@ -83,6 +84,7 @@ class _Doctor:
         self._mirror: Mirror | None = None
         self._counts: dict[str, int] = {}
         self._workers = 0
+        self._canary: str | None = None
         self._committed: dict[Place, int] = {}
         self._stored: dict[Place, Stored] = {}
         self._mirrored: dict[str, dict[str, Mirrored | None]] = {}
@@ -130,7 +132,10 @@ class _Doctor:
     def _champion(self) -> str | None:
         try:
             known = services.addresses(self._settings)
-            card = model_life.of(self._settings, known, self._pipeline).champion().card
+            life = model_life.of(self._settings, known, self._pipeline)
+            card = life.champion().card
+            aliases = life.aliases()
+            canary = life.canary(aliases)
         except RegistryError as error:
             self._rows.append(Row("model", "", "warn", str(error), "workers score with what they have"))
             return None
@@ -138,6 +143,9 @@ class _Doctor:
             self._rows.append(Row("model", "", "wrong", str(error), "workers keep the one before, if any"))
             return None
         self._rows += diagnosis.ok("model", f"champion {card.version} gives its golden vectors their scores")
+        if canary is not None:
+            self._canary = aliases[CANARY]
+            self._rows += diagnosis.canary(self._canary, canary)
         return card.version
 
     async def _services(self) -> None:
@@ -199,7 +207,9 @@ class _Doctor:
         log = {p: span for (topic, p), span in self._spans.items() if topic == last}
         if self._counts[pipeline.predictions] and tails:
             newest = max((x for _, x in tails.values() if x), key=lambda x: int(x[0]), default=None)
-            stale = diagnosis.latest(pipeline, newest and newest[1], champion)
+            made = newest and newest[1]
+            by_canary = made is not None and made.version == self._canary
+            stale = diagnosis.latest(pipeline, made, None if by_canary else champion)
             found = diagnosis.predictions(log, {p: tail for p, (tail, _) in tails.items()}, events)
             self._rows += [r for r in found if not stale or r.verdict != "ok"] + stale
 

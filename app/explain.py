@@ -48,11 +48,14 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class Served(msgspec.Struct, frozen=True):
-    """The event's prediction: what it holds of the features asked for, and those that differ by a bit."""
+    """The event's prediction: what it holds of the features asked for, and those that differ by a bit.
 
-    score: float
-    decision: str
-    version: str
+    score, decision, version: None where there was no model; the score also where it was no number.
+    """
+
+    score: float | None
+    decision: str | None
+    version: str | None
     degraded: bool
     features: dict[str, float | None]
     differing: list[str]

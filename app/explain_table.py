@@ -56,7 +56,11 @@ def _sentences(found: Explanation) -> list[str]:
             f"of {', '.join(prediction.differing)} differ" if prediction.differing else "are the same bits"
         )
         compared = f"; the values that it holds {judged}" if prediction.features else ""
-        result.append(f"It was predicted as {prediction.decision}, score {prediction.score:.4g}{compared}.")
+        score = "no number" if prediction.score is None else f"{prediction.score:.4g}"
+        said = f"It was predicted as {prediction.decision}, score {score}"
+        if prediction.version is None:
+            said = "It was folded without a model, and has no score"
+        result.append(f"{said}{compared}.")
     return [*result, *_doubts(found)]
 
 

@@ -369,3 +369,35 @@ async def read_between(
                         yield record
             # Control records have offsets and are never given out: the position tells, not the count.
             open_ = {tp for tp in open_ if await consumer.position(tp) < ends[tp]}
+
+
+@dataclass(frozen=True)
+class Some:
+    """Records that were read. left: how many are there that were not; whole: all that was there at the start was."""
+
+    records: list[Any]
+    left: int
+    whole: bool
+
+
+async def tail(address: str, topics: Iterable[str], since_ms: int) -> AsyncGenerator[Some, None]:
+    """Records of topics that came from a time on, and those that come, for ever.
+
+    Those of a partition are in its order. Without any it gives an empty list about twice a second.
+    """
+    spans = await offsets_of(address, await partitions_of(address, topics), since_ms)
+    ends = {TopicPartition(s.topic, s.partition): s.end for s in spans}
+    async with _asking(address) as consumer:
+        consumer.assign(list(ends))
+        for span in spans:
+            await consumer.position(TopicPartition(span.topic, span.partition))
+            consumer.seek(TopicPartition(span.topic, span.partition), span.first)
+        while True:
+            got = await consumer.getmany(timeout_ms=500, max_records=5000)
+            at = {tp: await consumer.position(tp) for tp in ends}
+            now = {tp: max(end, consumer.highwater(tp) or end) for tp, end in ends.items()}
+            yield Some(
+                [record for records in got.values() for record in records],
+                sum(max(0, now[tp] - at[tp]) for tp in ends),
+                all(at[tp] >= end for tp, end in ends.items()),
+            )

@@ -40,7 +40,7 @@ NEVER_MS = 1_000_000_000  # while PostgreSQL is away nothing is polled, and part
 POLL_RECORDS = 5000  # in one transaction: some 0.3 s of PostgreSQL's time
 FETCH_WAIT_MS = 100
 COMMIT_S = 5.0  # of the group's offsets, which only monitors read
-KEEP_S = 3600.0  # between looks at which days are too old
+KEEP_S, KEEP_AGAIN_S = 3600.0, 60.0  # between looks at which days are too old, also where one was in vain
 WHOLE_S = 1.0  # how old what the ledger says of its wholeness may be
 PAUSES_S = (0.1, 5.0)  # between two attempts while PostgreSQL is away: the first, and the longest
 
@@ -147,7 +147,7 @@ class Ledger:
         try:
             while not stop.is_set():
                 if self._is_due("keep", KEEP_S):
-                    await self._keep(stop)
+                    await self._keep()
                 if not self.holds and not await self._take_over(stop):
                     continue
                 # 1. read on while the last batch is written
@@ -268,8 +268,15 @@ class Ledger:
         end: int | None = self._consumer.highwater(tp) if stable is None or stable < 0 else stable
         return end
 
-    async def _keep(self, stop: asyncio.Event) -> None:
-        for name in await self._until(lambda: self._writer.keep(self._now_ms, self._keep_days), stop) or ():
+    async def _keep(self) -> None:
+        """What is too old may wait: for the server, or for those who read."""
+        try:
+            dropped = await self._writer.keep(self._now_ms, self._keep_days)
+        except AWAY as error:
+            log.warning("Old days of the ledger are looked at later (%s)", error)
+            self._due["keep"] = time.monotonic() + KEEP_AGAIN_S
+            return
+        for name in dropped:
             log.warning("The ledger's table %s is older than %d days and was dropped", name, self._keep_days)
 
     async def _commit(self) -> None:

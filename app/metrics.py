@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tables.model_folder import CHAMPION
+from tables.model_folder import CANARY, CHAMPION
 
 if TYPE_CHECKING:
     from app.serving import Serving
@@ -39,6 +39,7 @@ HELD: _Family = (
     ["topic", "partition"],
 )
 REBALANCES: _Family = ("headrace_rebalances", "How often partitions were shared out anew", [])
+UNSCORED: _Family = ("headrace_unscored", "Events folded while there was no model", [])
 PREDICTIONS: _Family = ("headrace_predictions", "Predictions sent to Kafka", [])
 ROUTED: _Family = ("headrace_routed", "Records of a topic that were written to the entities' logs", ["topic"])
 ROUTED_WAITING: _Family = (
@@ -84,6 +85,14 @@ CHALLENGER: _Family = (
     "1 for each model that scores in the shadow",
     ["alias", "version"],
 )
+CANARY_SHARE: _Family = (
+    "headrace_canary",
+    "Percent of the entities for which the canary decides",
+    ["version"],
+)
+TAKEN_BACK: _Family = (
+    "headrace_canary_taken_back", "Versions that a guard rail has ended as the canary", ["version", "rail"],
+)  # fmt: skip
 SHADOWS: _Family = ("headrace_shadows", "Records of challengers that Kafka has taken", [])
 SHADOWS_MISSED: _Family = ("headrace_shadows_missed", "Predictions that challengers were too late for", [])
 REGISTRY_UP: _Family = ("headrace_registry_up", "1 while the registry of models answers", [])
@@ -122,6 +131,7 @@ class WorkerCollector(Collector):
         yield CounterMetricFamily(*SHADOWS_MISSED[:2], value=worker.shadow.missed)
         yield CounterMetricFamily(*REBALANCES[:2], value=worker.partitions.rebalances)
         yield CounterMetricFamily(*PREDICTIONS[:2], value=worker.score.predicted)
+        yield CounterMetricFamily(*UNSCORED[:2], value=worker.score.unscored)
         yield from (routed, waiting)
         yield CounterMetricFamily(*DEAD_LETTERS[:2], value=worker.dead_letters)
         yield CounterMetricFamily(*MIRRORED[:2], value=worker.mirror.written)
@@ -144,10 +154,15 @@ class WorkerCollector(Collector):
 
 def _of_models(serving: Serving) -> Iterator[Metric]:
     model, refused = GaugeMetricFamily(*_of(MODEL)), CounterMetricFamily(*_of(REFUSED))
-    challenger = GaugeMetricFamily(*_of(CHALLENGER))
+    challenger, canary = GaugeMetricFamily(*_of(CHALLENGER)), GaugeMetricFamily(*_of(CANARY_SHARE))
+    taken_back = GaugeMetricFamily(*_of(TAKEN_BACK))
+    for version, rail in serving.taken_back.items():
+        taken_back.add_metric([version, rail], 1)
     for alias, card in [(alias, m.card) for alias, m in serving.models.items()]:
         if alias == CHAMPION:
             model.add_metric([card.pipeline, card.version, card.definition], 1)
+        elif alias == CANARY:
+            canary.add_metric([card.version], serving.shares[CANARY])
         else:
             challenger.add_metric([alias, card.version], 1)
     for reason, count in serving.refusals.items():
@@ -155,7 +170,7 @@ def _of_models(serving: Serving) -> Iterator[Metric]:
     named = GaugeMetricFamily(*_of(REFUSED_VERSION))
     for version, why in sorted({(r.version, r.reason) for r in serving.refused.values()}):
         named.add_metric([version, why], 1)
-    yield from (model, challenger, refused, named)
+    yield from (model, challenger, canary, taken_back, refused, named)
     yield GaugeMetricFamily(*REGISTRY_UP[:2], value=serving.away is None)
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from app import registry as registries
 from app.local.services import Addresses
 from app.registry import Registry, no_such
 from app.settings import Metric, Settings
+from models.canary import Canary
 from models.errors import HeadraceError
+from models.guard_rails import Breach
 from models.pipeline import Pipeline
 from models.scoring import Card, Model, ModelError, Refused
-from tables.model_folder import CHAMPION, PREVIOUS, is_name
+from tables.model_folder import CANARY, CHAMPION, PREVIOUS, is_name
 
 CHALLENGER = "challenger-"  # how the aliases of those begin that are to be compared with the champion
 ROW_US = 200.0  # some hundred times what a hundred trees take
@@ -93,6 +97,8 @@ class ModelLife:
             self._beats(card, champion)
             self.registry.point(name, PREVIOUS, champion)
         self.registry.point(name, alias, version)
+        if alias == CHAMPION:
+            self._no_canary(version)
 
     def rollback(self) -> str:
         """Make the champion before the champion again; a second time undoes it. Returns its version."""
@@ -106,13 +112,47 @@ class ModelLife:
         # After a crash between the two there is nothing to go back to, and the champion is the right one.
         self.registry.point(name, CHAMPION, previous)
         self.registry.point(name, PREVIOUS, champion)
+        self._no_canary(previous)
         return previous
 
-    def withdraw(self, alias: str) -> str:
-        """End a challenger's time in the shadow. Returns its version, which stays."""
+    def set_canary(self, version: str, share: float) -> str:
+        """Let a version, by its name or alias, decide for so many percent of the entities. Returns its name.
+
+        One that was taken back gets another chance so, and no other way.
+        """
         name, aliases = self.pipeline.name, self.aliases()
-        if not alias.startswith(CHALLENGER) or alias not in aliases:
-            known = ", ".join(a for a in aliases if a.startswith(CHALLENGER)) or "none"
+        version = aliases.get(version, version)
+        if version == aliases.get(CHAMPION):
+            raise NotPromoted(f"The version {version} is the champion, which decides for all others already.")
+        if CHAMPION not in aliases:
+            raise NotPromoted(f"{name} has no champion to decide for all others; promote one first.")
+        self._find(version)
+        self.load(version)
+        # The alias comes last: what it names has a share. A crash between the two leaves the canary before, if any.
+        self.registry.note(name, version, Canary(share, _now_ms()))
+        self.registry.point(name, CANARY, version)
+        return version
+
+    def canary(self, aliases: Mapping[str, str]) -> Canary | None:
+        """What the alias of the canary names decides for now; None where nothing does, or was taken back."""
+        version = aliases.get(CANARY)
+        if version is None or version == aliases.get(CHAMPION):
+            return None
+        return self.registry.canary(self.pipeline.name, version)
+
+    def take_back(self, version: str, since: int, breach: Breach) -> None:
+        """A guard rail ends what a canary began `since`, in one write. The alias stays, and the registry says why it
+        decides nothing."""
+        canary = self.registry.canary(self.pipeline.name, version)
+        if canary is not None and canary.since == since and canary.reason is None:
+            over = msgspec.structs.replace(canary, rail=breach.rail, reason=breach.sentence, until=_now_ms())
+            self.registry.note(self.pipeline.name, version, over)
+
+    def withdraw(self, alias: str) -> str:
+        """End the canary, or a challenger's time in the shadow. Returns its version, which stays."""
+        name, aliases = self.pipeline.name, self.aliases()
+        if not (alias == CANARY or alias.startswith(CHALLENGER)) or alias not in aliases:
+            known = ", ".join(a for a in aliases if a == CANARY or a.startswith(CHALLENGER)) or "none"
             raise NotPromoted(f"{name} has no challenger {alias}; it has {known}.")
         self.registry.unpoint(name, alias)
         return aliases[alias]
@@ -144,8 +184,14 @@ class ModelLife:
             found |= {
                 "registered": listed.created, "definition": listed.definition,
                 "archived": listed.archived, "metrics": listed.metrics,
+                "canary": None if listed.canary is None else msgspec.to_builtins(listed.canary),
             }  # fmt: skip
         return found | {"aliases": [alias for alias, named in aliases.items() if named == version]}
+
+    def _no_canary(self, champion: str) -> None:
+        """Who decides for all is the canary of none."""
+        if self.aliases().get(CANARY) == champion:
+            self.registry.unpoint(self.pipeline.name, CANARY)
 
     def _find(self, version: str) -> None:
         """Have it in the registry, and not put away."""
@@ -181,6 +227,10 @@ def of(settings: Settings, addresses: Addresses, pipeline: Pipeline) -> ModelLif
     """As the settings say."""
     registry = registries.of(settings, addresses)
     return ModelLife(pipeline, registry, settings.model_row_us, settings.promote_by)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _row_us(model: Model) -> float:

@@ -22,9 +22,11 @@ from app.errors import RegistryError
 from app.local.services import Addresses
 from app.mlflow_rest import AlreadyThere, NotThere, Rest
 from app.settings import Settings
+from models.canary import Canary
 from models.scoring import Card, Refused
 from tables.model_folder import (
     ARCHIVED,
+    CANARY,
     CARD,
     FEATURES,
     GRAPH,
@@ -33,11 +35,12 @@ from tables.model_folder import (
     damaged,
     digest_of,
     is_name,
+    parse_canary,
     too_large,
 )
 
-VERSION, DEFINITION, DIGEST, METRICS, AWAY = (
-    f"headrace.{tag}" for tag in ("version", "definition", "digest", "metrics", "archived")
+VERSION, DEFINITION, DIGEST, METRICS, AWAY, SHARE = (
+    f"headrace.{tag}" for tag in ("version", "definition", "digest", "metrics", "archived", "canary")
 )
 
 
@@ -53,6 +56,8 @@ class Registry(Protocol):
     def point(self, name: str, alias: str, version: str, /) -> None: ...
     def unpoint(self, name: str, alias: str, /) -> None: ...
     def archive(self, name: str, version: str, /) -> None: ...
+    def canary(self, name: str, version: str, /) -> Canary | None: ...
+    def note(self, name: str, version: str, canary: Canary, /) -> None: ...
 
 
 def of(settings: Settings, addresses: Addresses) -> Registry:
@@ -101,7 +106,7 @@ class Mlflow:
         self._rest.post("runs/log-batch", run_id=id_, metrics=_metrics(card, now), params=_params(card))
         # 2. its files
         for file in sorted(home.iterdir()):
-            if file.name != ARCHIVED:
+            if file.name not in (ARCHIVED, CANARY):
                 self._rest.upload(uri, file.name, file.read_bytes())
         self._rest.post("runs/update", run_id=id_, status="FINISHED", end_time=now)
         # 3. the version, which makes it seen
@@ -140,6 +145,20 @@ class Mlflow:
         """Put a version away. It stays in MLflow, with a tag."""
         number = self._number(name, version)
         self._rest.post("model-versions/set-tag", name=name, version=number, key=AWAY, value="true")
+
+    def canary(self, name: str, version: str) -> Canary | None:
+        """What a version has, or had, as the canary, as MLflow says now; None where it never was."""
+        row = self._row(name, version)
+        if row is None:
+            return None
+        number = str(row["version"])
+        return _canary(self._rest.get("model-versions/get", "model_version", name=name, version=number))
+
+    def note(self, name: str, version: str, canary: Canary) -> None:
+        """Write that, in one request."""
+        value = msgspec.json.encode(canary).decode()
+        number = self._number(name, version)
+        self._rest.post("model-versions/set-tag", name=name, version=number, key=SHARE, value=value)
 
     def _bounded(self, uri: str, file: str, version: str) -> bytes:
         content = self._rest.download(uri, file, self._folder.largest + 1)
@@ -200,8 +219,14 @@ def _version(row: dict[str, Any]) -> Version:
     tags = _tags(row)
     metrics = msgspec.json.decode(tags.get(METRICS, "{}"))
     return Version(
-        tags[VERSION], int(row["creation_timestamp"]), tags.get(DEFINITION, ""), metrics, AWAY in tags
-    )
+        tags[VERSION], int(row["creation_timestamp"]), tags.get(DEFINITION, ""), metrics, AWAY in tags,
+        _canary(row),
+    )  # fmt: skip
+
+
+def _canary(row: dict[str, Any]) -> Canary | None:
+    written = _tags(row).get(SHARE)
+    return None if written is None else parse_canary(written)
 
 
 def _listing(card: Card, digest: str) -> list[dict[str, str]]:

@@ -204,7 +204,7 @@ class Predictions:
         self._address, self._pipeline, self._seen = address, pipeline, seen
         self.ids: list[int] = []
         self.arrived: list[float] = []  # seconds since the epoch
-        self.scores: list[float] = []
+        self.scores: list[float | None] = []
 
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[Predictions]:

@@ -18,6 +18,7 @@ from pydantic_settings import (
 )
 
 from app.errors import SettingsError
+from models.guard_rails import Bounds
 
 if TYPE_CHECKING:
     from app.api.server import Limits
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 PREFIX = "HEADRACE_"
 YAML_FILE = "configs/settings.yaml"
 OFF = "off"
+SQLITE, POSTGRES = STORES = ("sqlite", "postgres")  # of MLflow, that need no URL
 SECRET = frozenset(
-    {"redis_url", "postgres_url", "mlflow", "mlflow_token"}
+    {"redis_url", "postgres_url", "mlflow", "mlflow_token", "mlflow_store"}
 )  # they may hold a password: neither in a repr nor in an error
 
 
@@ -69,6 +71,14 @@ def _server(value: str) -> str:
     return value.rstrip("/")
 
 
+def _store(value: str) -> str:
+    if value.lower() in STORES:
+        return value.lower()
+    if "://" not in value:
+        raise ValueError(f"it should be {' or '.join(STORES)}, or a URL of SQLAlchemy")
+    return value
+
+
 def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
 
@@ -77,6 +87,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 Metric = Literal["ap", "auc"]
 Delivery = Literal["fenced", "transactional"]
+Without = Literal["wait", "fold", "features"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
@@ -133,6 +144,12 @@ class Settings(BaseSettings):
         default=None,
         repr=False,
         description="Token that MLflow asks for; a user and password go into the URL.",
+    )
+    mlflow_store: Annotated[str, AfterValidator(_store)] = Field(
+        default=SQLITE,
+        repr=False,
+        description="Where the MLflow of `headrace up` keeps its tables: sqlite (a file of its own), postgres (a "
+        "database of its own beside the ledger's), or a URL of SQLAlchemy.",
     )
     data_root: Path = Field(
         default=Path(".headrace"),
@@ -197,7 +214,7 @@ class Settings(BaseSettings):
         default=8081, description="Port of a worker's own pages: health, readiness, metrics."
     )
     ledger_port: Port = Field(
-        default=8082, description="Port of the pages of `headrace ledger run`: health, readiness, metrics."
+        default=8090, description="Port of the pages of `headrace ledger run`: health, readiness, metrics."
     )
     ledger_days: Count = Field(
         default=90,
@@ -241,6 +258,40 @@ class Settings(BaseSettings):
         default=None,
         description="Metric, ap or auc, in which a model must beat the champion on the same test days to be promoted.",
     )
+    canary_psi: Annotated[float, Field(gt=0)] = Field(
+        default=0.05,
+        description="How far, by PSI, a canary's decisions may be from the champion's on the same events, or it is "
+        "taken back.",
+    )
+    canary_row_us: Annotated[float, Field(gt=0)] = Field(
+        default=200.0,
+        description="Microseconds of processor time that a canary may take for an event, or it is taken back.",
+    )
+    canary_ap_drop: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.05,
+        description="How much lower than the champion's a canary's average precision may be on the same events, or it "
+        "is taken back by `headrace quality`.",
+    )
+    canary_positives: Count = Field(
+        default=100, description="Positive labels of these events, before the average precision is judged."
+    )
+    quality_days: Count = Field(
+        default=7,
+        description="Days of events over which `headrace quality` judges versions; they end a label delay ago.",
+    )
+    quality_events: Count = Field(
+        default=1_000_000,
+        description="Events that `headrace quality` keeps at most, for labels that come or change.",
+    )
+    quality_port: Port = Field(
+        default=8089, description="Port of `headrace quality`: health, readiness, metrics."
+    )
+    without_model: Without = Field(
+        default="wait",
+        description="What workers do with events while there is no model: wait (they stay in the last log until they "
+        "can be scored), fold (they are folded and never scored), or features (their predictions carry features "
+        "and no score).",
+    )
     session_s: Annotated[int, Field(ge=6, le=60)] = Field(
         default=6,
         description="Seconds of silence after which the group counts a worker out; from the broker's minimum of 6 "
@@ -261,6 +312,11 @@ class Settings(BaseSettings):
             super().__init__(**values)
         except ValidationError as wrong:
             raise SettingsError("\n".join(_sentence(error) for error in wrong.errors())) from None
+
+    @property
+    def canary_bounds(self) -> Bounds:
+        """What a canary must keep within."""
+        return Bounds(self.canary_psi, self.canary_row_us, self.canary_ap_drop, self.canary_positives)
 
     @property
     def checkpoints_url(self) -> str | None:

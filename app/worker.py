@@ -59,7 +59,11 @@ HAND_OVER_S = 10.0  # for a flush of what was folded; the group waits somewhat l
 SILENT_MS = 5000  # Kafka acknowledges in some, and in a rebalance of its own in a thousand
 MIRROR_S = 2.0  # for what the mirror has yet to take then
 SHADOW_S = 1.0  # and, at the end, for what challengers have yet to score
+CHALLENGERS_S = (
+    5.0  # at the start, for challengers to be loaded, so that the first events have their records too
+)
 STOP_S = 30.0
+LEAVE_S = 8.0  # for Kafka's clients to leave the group after that
 TAKE_S = 600.0  # a checkpoint of some GB is restored by then; who hangs for longer is better started anew
 
 log = logging.getLogger(__name__)
@@ -91,7 +95,7 @@ class Partitions:
         """The log that nobody can score yet, for what was folded passes unscored; and what waits for the ledger."""
         worker = self._worker
         full = {topic for topic, route in worker.routes.items() if isinstance(route, Asking) and route.full}
-        if CHAMPION not in worker.serving.models:
+        if worker.settings.without_model == "wait" and CHAMPION not in worker.serving.models:
             full.add(worker.pipeline.entities[-1].log)
         return frozenset(full)
 
@@ -278,6 +282,11 @@ class Worker:
         settings: Settings, port: int,
     ) -> None:  # fmt: skip
         """counts: partitions by topic, from kafka.checked_partitions."""
+        if settings.without_model == "features" and not pipeline.predictions_carry_features:
+            raise HeadraceError(
+                f"HEADRACE_WITHOUT_MODEL is features, but predictions of {pipeline.name} carry none; drop "
+                "'predictions_carry_features: false' from the pipeline file, or let workers wait or fold."
+            )
         self.pipeline, self.serving = pipeline, serving
         self.settings = settings
         self.membership = Membership(settings.session_s, settings.instance_id)
@@ -369,6 +378,11 @@ class Worker:
         for stage in self.stages:
             stage.warm()
         await self.serving.look()
+        if CHAMPION not in self.serving.models:
+            say(f"{pipeline.instance}: {self._meanwhile}")
+        # a canary decides from the first event on
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.serving.look_at_challengers(), CHALLENGERS_S)
         self._background(self.serving.run())
         self._background(self.shadow.run())
         self._background(self.control.listen())
@@ -388,7 +402,7 @@ class Worker:
         limits = self.settings.api_limits
         if (warning := open_to_all(limits, self.settings.api_host)) is not None:
             say(warning)
-        api = create_api(backends, metrics.registry(self), self._ready, limits)
+        api = create_api(backends, metrics.registry(self), self._ready, limits, remark=self._remark)
         self._web = await serve(api, self.settings.api_host, self._port)
         # What exists now lives as long as the process: no collection need look at it again.
         gc.collect()
@@ -403,9 +417,12 @@ class Worker:
         models = self.serving.models
         self.shadow = Shadow(
             pipeline, models, self.outbox, lambda: Outbox(self.shadow_producer, self._now_ms, _tell_unsent),
-            self.serving.drop,
+            self.serving.drop, self.serving.watch,
         )  # fmt: skip
-        self.score = Score(pipeline, self.stages[-1], models, self.outbox, self._reject, self.shadow.take)
+        self.score = Score(
+            pipeline, self.stages[-1], models, self.serving.shares, self.outbox, self._reject, self.shadow.take,
+            self.serving.drop, self.settings.without_model,
+        )  # fmt: skip
         found = routes(
             pipeline, self.outbox, self._reject_record, self._counts, self.events,
             round(self.settings.label_wait_s * 1000), self._now_ms,
@@ -507,6 +524,20 @@ class Worker:
         self.watchdog.check()
         return time.time_ns() // 1_000_000
 
+    @property
+    def _meanwhile(self) -> str:
+        """What becomes of events while there is no model, and why there is none."""
+        says = {
+            "wait": "Nothing is scored:",
+            "fold": "Nothing is scored, and what is folded meanwhile never will be:",
+            "features": "Predictions carry features and no score:",
+        }[self.settings.without_model]
+        return f"{says} {self.serving.why}"
+
+    def _remark(self) -> str | None:
+        """What a worker that is ready cannot do."""
+        return None if CHAMPION in self.serving.models else self._meanwhile
+
     async def _ready(self) -> str | None:
         return next(self._troubles(), None)
 
@@ -514,8 +545,8 @@ class Worker:
         """What keeps it from its work, the worst first."""
         if not self.partitions.taken:
             yield "The worker holds no partitions yet; it waits for Kafka to assign some."
-        if CHAMPION not in self.serving.models:
-            yield f"Nothing is scored: {self.serving.why}"
+        if CHAMPION not in self.serving.models and self.settings.without_model != "features":
+            yield self._meanwhile
         since = self.outbox.since
         if since is not None and (waited := self._now_ms() - since) > SILENT_MS:
             yield f"Kafka has not acknowledged a batch for {waited // 1000} s; the worker waits."
@@ -583,16 +614,25 @@ def create_worker(worker: Worker) -> App:
         await worker.partitions.release()
 
     async def stopping(*_: Any, **__: Any) -> None:
-        # What hangs behind this, a client's socket perhaps, must not keep the process: all is flushed by then.
-        last = threading.Timer(STOP_S + 5, os._exit, (1,))
-        last.daemon = True
-        last.start()
+        late = _exit_after(STOP_S + 5, 1)
         app.consumer.epoch += 1
         await asyncio.wait_for(worker.stop(), STOP_S)
+        late.cancel()
+        # All is flushed and let go. What hangs behind this, a client that waits for its coordinator perhaps, must not
+        # keep the process.
+        _exit_after(LEAVE_S, 0)
 
     app.on_partitions_revoked.connect(revoked, weak=False)
     app.on_before_shutdown.connect(stopping, weak=False)
     return app
+
+
+def _exit_after(seconds: float, code: int) -> threading.Timer:
+    """End the process then, unless it has ended or this is cancelled."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def run(worker: Worker) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from models import evaluation
+from models.evaluation import DAY_MS, curve
+from models.quality import Judged, judged
 from models.windows import Floats, Ints
 
-TOP = 100  # events of a day that can be looked at
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
 Decide = Callable[[Floats], list[str]]
@@ -40,18 +40,11 @@ class Observed:
         return sorted(shared, key=lambda id_: (self.times[id_], id_))
 
 
-class Figures(msgspec.Struct):
-    """Of a version over `events`; from `auc` to `calibration_error` over those that are labelled. NaN where there are
-    no labels, or of one kind only."""
+class Figures(Judged, kw_only=True):
+    """Of a version over `events`; all but the quantiles over those that are labelled."""
 
     version: str
     events: int
-    labelled: int
-    positives: int
-    auc: float
-    ap: float
-    precision_at_top: float
-    calibration_error: float
     quantiles: dict[str, float]
 
 
@@ -88,14 +81,11 @@ def _figures(observed: Observed, version: str, ids: list[int]) -> Figures:
     scores = _scores(observed, version, ids)
     known = np.array([id_ in observed.labels for id_ in ids], np.bool_)
     labels = np.array([observed.labels[id_] for id_ in ids if id_ in observed.labels], np.int8)
-    times, judged = np.array([observed.times[id_] for id_ in ids], np.int64)[known], scores[known]
-    days = evaluation.top_of_days(labels, judged, times, TOP)
-    bins = evaluation.calibration(labels, judged) if len(labels) else []
-    nan = float("nan")
+    days, own = np.array([observed.times[id_] for id_ in ids], np.int64)[known] // DAY_MS, scores[known]
+    by_day = [curve(labels[days == day], own[days == day]) for day in np.unique(days)]
+    found = judged(curve(labels, own), by_day)
     return Figures(
-        version, len(ids), len(labels), int(labels.sum()), **evaluation.evaluate(labels, judged),
-        precision_at_top=float(np.mean([day["precision"] for day in days])) if days else nan,
-        calibration_error=evaluation.calibration_error(bins) if bins else nan,
+        **msgspec.structs.asdict(found), version=version, events=len(ids),
         quantiles={f"{q:g}": float(np.quantile(scores, q)) for q in QUANTILES} if ids else {},
     )  # fmt: skip
 

@@ -36,6 +36,14 @@ class Curve:
         """Whether there are rows of both labels; without them no rate means anything."""
         return bool(len(self.scores) and self.hits[-1] and self.misses[-1])
 
+    @property
+    def rows(self) -> int:
+        return int(self.hits[-1] + self.misses[-1]) if len(self.scores) else 0
+
+    @property
+    def positives(self) -> int:
+        return int(self.hits[-1]) if len(self.scores) else 0
+
 
 def curve(labels: Bytes, scores: npt.NDArray[Any]) -> Curve:
     """labels: (n,) 0 or 1; scores: (n,)."""
@@ -43,6 +51,12 @@ def curve(labels: Bytes, scores: npt.NDArray[Any]) -> Curve:
     ranked, hits = scores[order], np.cumsum(labels[order], dtype=np.int64)
     ends = np.flatnonzero(np.diff(ranked, append=-np.inf))  # the last row of each run of equal scores
     return Curve(ranked[ends].astype(np.float64), hits[ends], ends + 1 - hits[ends])
+
+
+def counted(scores: Floats, negatives: Ints, positives: Ints) -> Curve:
+    """Of counts (m,) at different scores (m,), which rise."""
+    there = np.flatnonzero(negatives + positives)[::-1]
+    return Curve(scores[there], np.cumsum(positives[there]), np.cumsum(negatives[there]))
 
 
 def evaluate(labels: Bytes, scores: npt.NDArray[Any]) -> dict[str, float]:
@@ -53,7 +67,11 @@ def evaluate(labels: Bytes, scores: npt.NDArray[Any]) -> dict[str, float]:
     >>> evaluate(np.array([0, 1, 1], np.int8), np.array([0.1, 0.4, 0.4]))
     {'auc': 1.0, 'ap': 1.0}
     """
-    steps = curve(labels, scores)
+    return areas(curve(labels, scores))
+
+
+def areas(steps: Curve) -> dict[str, float]:
+    """Likewise of a curve."""
     if not steps.complete:
         return {"auc": float("nan"), "ap": float("nan")}
     hits, misses = steps.hits, steps.misses
@@ -63,6 +81,28 @@ def evaluate(labels: Bytes, scores: npt.NDArray[Any]) -> dict[str, float]:
         "auc": float(area / (hits[-1] * misses[-1])),
         "ap": float((before * hits / (hits + misses)).sum() / hits[-1]),
     }
+
+
+def auc_slack(steps: Curve) -> float:
+    """How far the area may be from that of the rows' own scores, where a step holds rows of several."""
+    if not steps.complete:
+        return float("nan")
+    gained, missed = np.diff(steps.hits, prepend=0), np.diff(steps.misses, prepend=0)
+    return float((gained * missed).sum() / 2 / (steps.hits[-1] * steps.misses[-1]))
+
+
+def precision_at(steps: Curve, top: int) -> float:
+    """The share of positives among the `top` first by score; of equal scores any are as good as others, on average.
+
+    >>> precision_at(curve(np.array([1, 1, 0], np.int8), np.array([0.9, 0.4, 0.4])), 2)
+    0.75
+    """
+    rows = steps.hits + steps.misses
+    chosen = min(top, steps.rows)
+    last = int(np.searchsorted(rows, chosen))
+    hits, taken = (int(steps.hits[last - 1]), int(rows[last - 1])) if last else (0, 0)
+    share = (int(steps.hits[last]) - hits) / (int(rows[last]) - taken)
+    return (hits + (chosen - taken) * share) / chosen
 
 
 def recall_at(labels: Bytes, scores: npt.NDArray[Any], rate: float) -> float:
@@ -88,15 +128,28 @@ def calibration(labels: Bytes, scores: npt.NDArray[Any]) -> list[dict[str, float
 
     Of each: its `rows`, their mean `score` and the share of `positive` ones.
     """
-    order = np.argsort(scores, kind="stable")
-    ranked, hits = scores[order].astype(np.float64), labels[order]
-    cuts = np.linspace(0, len(ranked), CALIBRATION_BINS + 1).astype(np.int64)[1:-1]
-    starts = np.searchsorted(ranked, ranked[np.minimum(cuts, len(ranked) - 1)], side="left")
-    bins = np.split(np.arange(len(ranked)), np.unique(starts[starts > 0]))
+    return calibration_of(curve(labels, scores))
+
+
+def calibration_of(steps: Curve) -> list[dict[str, float]]:
+    """Likewise of a curve."""
+    positives = np.diff(steps.hits, prepend=0)[::-1]  # the lowest score first
+    rows = positives + np.diff(steps.misses, prepend=0)[::-1]
+    cuts = np.linspace(0, steps.rows, CALIBRATION_BINS + 1).astype(np.int64)[:-1]
+    starts = np.unique(np.searchsorted(np.cumsum(rows), cuts, side="right"))
+    counts, hits = np.add.reduceat(rows, starts), np.add.reduceat(positives, starts)
+    sums = np.add.reduceat(steps.scores[::-1] * rows, starts)
     return [
-        {"rows": len(rows), "score": float(ranked[rows].mean()), "positive": float(hits[rows].mean())}
-        for rows in bins
+        {"rows": n, "score": float(total / n), "positive": float(found / n)}
+        for n, total, found in zip(counts.tolist(), sums, hits, strict=True)
     ]
+
+
+def calibration_ratio(steps: Curve) -> float:
+    """Positives that came, for each that the scores expect: 1 is best. NaN where they expect none."""
+    rows = np.diff(steps.hits + steps.misses, prepend=0)
+    expected = float((steps.scores * rows).sum())
+    return steps.positives / expected if expected > 0 else float("nan")
 
 
 def calibration_error(bins: list[dict[str, float]]) -> float:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from models.fields import Field
-from models.pipeline import Pipeline, used_fields
+from models.pipeline import Labels, Pipeline, Reversals, used_fields
 from models.specs import EntitySpec, FeatureSpec, FieldSpec, StreamSpec, milliseconds
 from models.streams import Stream
 
@@ -170,6 +170,7 @@ def _labels(before: Pipeline, after: Pipeline) -> Iterator[Change]:
             "key is optional: let their producers send it first"
         )
         yield Change("labels", f"need {names}", "breaks", effect)
+    yield from _looked_up("labels", before.labels, after.labels)
 
 
 def _reversals(before: Pipeline, after: Pipeline) -> Iterator[Change]:
@@ -180,9 +181,20 @@ def _reversals(before: Pipeline, after: Pipeline) -> Iterator[Change]:
     elif old is not None and new is not None and old.known != new.known:
         effect = f"reversals without {new.known} go to the dead letters (missing-field)"
         yield Change("reversals.known", f"{old.known} > {new.known}", "breaks", effect)
-    if old is not None and new is not None and old.looked_up and not new.looked_up:
-        effect = "reversals without their event's time and keys go to the dead letters (missing-field)"
-        yield Change("reversals.keys", "ledger > carried", "breaks", effect)
+    yield from _looked_up("reversals", old, new)
+
+
+def _looked_up(name: str, old: Labels | Reversals | None, new: Labels | Reversals | None) -> Iterator[Change]:
+    if old is None or new is None or old.looked_up == new.looked_up:
+        return
+    if new.looked_up:
+        effect = (
+            "they need not carry their event's time and keys; workers ask the ledger: `headrace ledger run`"
+        )
+        yield Change(f"{name}.keys", "carried > ledger", "safe", effect)
+    else:
+        effect = "those without their event's time and keys go to the dead letters (missing-field)"
+        yield Change(f"{name}.keys", "ledger > carried", "breaks", effect)
 
 
 def _needs_of_labels(pipeline: Pipeline) -> set[str]:

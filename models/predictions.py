@@ -5,7 +5,8 @@
      "degraded": false, "origin": {"partition": 3, "offset": 1201}, "keys": {"customer": "7", "terminal": "12"},
      "features": {"TX_AMOUNT": 57.16, ...}}
 
-A pipeline of several streams says in `stream`, behind the id, of which the event is.
+A pipeline of several streams says in `stream`, behind the id, of which the event is. What was folded while there was
+no model has null for score, decision, model and version, where it goes out at all.
 
 `origin` is the place in the last entity's log: with the definition it is all that is needed to
 compute the prediction again, and it is the one number by which a consumer drops doubles.
@@ -22,6 +23,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from models.canary import Side
 from models.pipeline import Pipeline
 from models.scoring import Model, Scores
 from models.windows import Floats, Ints
@@ -53,8 +55,8 @@ class PredictionEncoder:
         self._streams: list[Any] = streams if len(streams) > 1 else [msgspec.UNSET]
         fields: list[tuple[str, Any]] = [
             ("id", Any), ("stream", str | msgspec.UnsetType), ("event_time", int), ("score", float),
-            ("decision", str), ("model", str), ("version", str), ("definition", str), ("late", bool),
-            ("degraded", bool), ("origin", Origin), ("keys", self._keys),
+            ("decision", str | None), ("model", str | None), ("version", str | None), ("definition", str),
+            ("late", bool), ("degraded", bool), ("origin", Origin), ("keys", self._keys),
         ]  # fmt: skip
         if pipeline.predictions_carry_features:
             self._features = msgspec.defstruct(
@@ -66,49 +68,65 @@ class PredictionEncoder:
 
     def encode(
         self, ids: list[int | str], streams: Ints, times: Ints, vectors: Floats, scores: Scores, late: Mask,
-        degraded: Mask, model: Model, partitions: Ints, offsets: Ints, keys: Sequence[Sequence[str | None]],
+        degraded: Mask, model: Model | None, partitions: Ints, offsets: Ints, keys: Sequence[Sequence[str | None]],
+        canary: Side | None = None,
     ) -> list[bytes]:  # fmt: skip
-        """Encode n events with the model's scores. NaN becomes null.
+        """Encode n events with the model's scores. NaN becomes null. Without a model scores are `unscored`.
 
-        streams: (n,) numbers; late, degraded: (n,); keys: of each entity, its n keys.
+        streams: (n,) numbers; late, degraded: (n,); keys: of each entity, its n keys; canary: those that another model
+        has scored.
         """
-        decisions = model.decide(scores)
-        card, definition = model.card, self.pipeline.definition
+        n, name = len(ids), None if model is None else model.card.pipeline
+        decisions: list[Any] = [None] * n if model is None else model.decide(scores)
+        versions = [None if model is None else model.card.version] * n
+        if canary is not None:
+            decided = canary.model.decide(scores[canary.mask])
+            for i, decision in zip(np.flatnonzero(canary.mask).tolist(), decided, strict=True):
+                decisions[i], versions[i] = decision, canary.model.card.version
+        definition = self.pipeline.definition
         prediction, features, encode, names = self._prediction, self._features, self._encode, self._streams
         keyed = itertools.starmap(self._keys, zip(*keys, strict=True))
         tails = [(features(*row),) for row in vectors.tolist()] if features else [()] * len(ids)
         return [
             encode(
                 prediction(
-                    id_, names[stream], time, score, decision, card.pipeline, card.version, definition, is_late,
-                    is_degraded, Origin(partition, offset), keys_, *tail,
+                    id_, names[stream], time, score, decision, name, version, definition, is_late, is_degraded,
+                    Origin(partition, offset), keys_, *tail,
                 )
             )
-            for id_, stream, time, score, decision, is_late, is_degraded, partition, offset, keys_, tail in zip(
-                ids, streams.tolist(), times.tolist(), scores.astype(np.float64).tolist(), decisions, late.tolist(),
-                degraded.tolist(), partitions.tolist(), offsets.tolist(), keyed, tails, strict=True,
+            for (
+                id_, stream, time, score, decision, version, is_late, is_degraded, partition, offset, keys_, tail,
+            ) in zip(
+                ids, streams.tolist(), times.tolist(), scores.astype(np.float64).tolist(), decisions, versions,
+                late.tolist(), degraded.tolist(), partitions.tolist(), offsets.tolist(), keyed, tails, strict=True,
             )
         ]  # fmt: skip
 
 
+def unscored(n: int) -> Scores:
+    """What n events without a model have for scores, (n,)."""
+    return np.full(n, np.nan, np.float32)
+
+
 class Prediction(msgspec.Struct):
     """A prediction as a consumer reads it. `features` is absent where the pipeline leaves them out, `stream` where
-    it has one stream. keys: by entity, as text; null where the event has none.
+    it has one stream. A score is None where the model gave no number, and the version too where there was no model.
+    keys: by entity, as text; null where the event has none.
     """
 
     id: int | str
     event_time: int
-    score: float
-    decision: str
-    model: str
-    version: str
+    score: float | None
+    decision: str | None
+    model: str | None
+    version: str | None
     definition: str
     late: bool
     origin: Origin
-    keys: dict[str, str | None] = {}
     features: dict[str, float | None] = {}
     degraded: bool = False
     stream: str | None = None
+    keys: dict[str, str | None] = {}
 
 
 class OfEvent(Protocol):

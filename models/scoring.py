@@ -93,7 +93,7 @@ class Model:
                 "graph", f"The model {card.version} is no graph that can be loaded ({first}); train it again."
             ) from None
         self._input = self._only_input()
-        self._output = self._session.get_outputs()[-1].name
+        self._output = self._last_output()
         self.decide = Decisions(card).of
         self._agree()
 
@@ -109,6 +109,17 @@ class Model:
             "graph",
             f"The model {self.card.version} takes {shown or 'nothing'}, not one tensor of float32 with {width} "
             "columns; train it again.",
+        )
+
+    def _last_output(self) -> str:
+        """The name of the output with the scores in its last column: of float32, as all scores are."""
+        last = self._session.get_outputs()[-1]
+        if last.type == "tensor(float)":
+            name: str = last.name
+            return name
+        raise Refused(
+            "graph",
+            f"The model {self.card.version} gives {last.type}, not a tensor of float32; train it again.",
         )
 
     def _agree(self) -> None:
@@ -148,6 +159,14 @@ class Model:
         return scores
 
 
+def scores_of(model: Model, vectors: Floats) -> Scores:
+    """Scores (n,) of a model that is on trial. Raises whatever its graph does, and ValueError for another shape."""
+    scores = model.score_many(vectors)
+    if scores.shape != (len(vectors),):
+        raise ValueError(f"it gives scores of shape {scores.shape} for {len(vectors)} events")
+    return scores
+
+
 def _matches(card: Card, pipeline: Pipeline) -> None:
     if card.pipeline != pipeline.name:
         raise Refused(
@@ -157,9 +176,11 @@ def _matches(card: Card, pipeline: Pipeline) -> None:
         )
     if card.features != list(pipeline.vector):
         odd = [a or b for a, b in _pairs(card.features, pipeline.vector) if a != b]
+        same = sorted(card.features) == sorted(pipeline.vector)
+        takes = "the features in another order" if same else "other features"
         raise Refused(
             "features",
-            f"The model {card.version} takes other features than the pipeline {pipeline.name} gives "
+            f"The model {card.version} takes {takes} than the pipeline {pipeline.name} gives "
             f"(first difference: {odd[0]}); train it again.",
         )
     if card.definition != pipeline.definition:

@@ -5,7 +5,8 @@
 <pipeline>/<version>/features.txt   the names of its inputs in their order, for people
 <pipeline>/<version>/digest         SHA-256 of graph and card
 <pipeline>/<version>/archived       is there when it was put away
-<pipeline>/champion                 the version that scores; likewise `previous` and `challenger-*`
+<pipeline>/<version>/canary         what share it has, or had, as the canary, and why it was taken back
+<pipeline>/champion                 the version that scores; likewise `previous`, `canary` and `challenger-*`
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from pathlib import Path
 
 import msgspec
 
+from models.canary import Canary
 from models.pipeline import Pipeline
 from models.scoring import Card, Model, ModelError, Refused
 
-CHAMPION, PREVIOUS = "champion", "previous"
+CHAMPION, PREVIOUS, CANARY = "champion", "previous", "canary"
 GRAPH, CARD, FEATURES, DIGEST, ARCHIVED = "model.onnx", "model.json", "features.txt", "digest", "archived"
 LARGEST = 256 * 2**20  # bytes of a graph or a card; a thousand deep trees take some ten million
 
@@ -38,6 +40,7 @@ class Version(msgspec.Struct):
     definition: str
     metrics: dict[str, float]
     archived: bool = False
+    canary: Canary | None = None
 
 
 def digest_of(graph: bytes, card: bytes) -> str:
@@ -89,6 +92,16 @@ class ModelFolder:
     def archive(self, name: str, version: str) -> None:
         """Put a version away. Its files stay."""
         (self.root / name / version / ARCHIVED).touch()
+
+    def canary(self, name: str, version: str) -> Canary | None:
+        """What a version has, or had, as the canary; None where it never was."""
+        return _canary(self.root / name / version)
+
+    def note(self, name: str, version: str, canary: Canary) -> None:
+        """Write that, whole or not at all."""
+        part = self.root / name / version / f".{CANARY}.{secrets.token_hex(4)}"
+        part.write_bytes(msgspec.json.encode(canary))
+        part.replace(self.root / name / version / CANARY)
 
     def publish(self, name: str, version: str) -> None:
         """What is saved is published."""
@@ -180,7 +193,22 @@ def _listed(card_file: Path) -> Version:
         card = parse_card(card_file.read_bytes(), home.name)
     except Refused:
         return Version(home.name, created, "", {}, archived)
-    return Version(home.name, created, card.definition, card.metrics, archived)
+    return Version(home.name, created, card.definition, card.metrics, archived, _canary(home))
+
+
+def _canary(home: Path) -> Canary | None:
+    try:
+        return parse_canary((home / CANARY).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def parse_canary(written: bytes | str) -> Canary | None:
+    """None where it is none of ours: such a version decides nothing."""
+    try:
+        return msgspec.json.decode(written, type=Canary)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
 
 
 def parse_card(written: bytes, version: str) -> Card:

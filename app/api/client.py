@@ -92,11 +92,12 @@ class Api:
 
     async def predictions(
         self, entity: str, id: str, *, start: str | None = None, end: str | None = None,
-        min_score: float = 0.0, limit: int = 100, cursor: str | None = None,
+        min_score: float | None = None, limit: int = 100, cursor: str | None = None,
     ) -> Page:  # fmt: skip
         """A page of predictions about an entity; `next` of it is the cursor of the next one."""
-        given = {"from": start, "to": end, "cursor": cursor}
-        asked = {"entity": entity, "id": id, "min_score": str(min_score), "limit": str(limit)}
+        score = None if min_score is None else str(min_score)
+        given = {"from": start, "to": end, "cursor": cursor, "min_score": score}
+        asked = {"entity": entity, "id": id, "limit": str(limit)}
         return await self._get(
             "/v1/predictions", Page, asked | {k: v for k, v in given.items() if v is not None}
         )
@@ -117,10 +118,12 @@ class Api:
         return await self._get("/v1/models", Models, {})
 
     async def stream(
-        self, *, entity: str | None = None, id: str | None = None, min_score: float = 0.0, decision: str | None = None
+        self, *, entity: str | None = None, id: str | None = None, min_score: float | None = None,
+        decision: str | None = None,
     ) -> AsyncIterator[Prediction]:  # fmt: skip
         """Predictions as they come, until the server ends or this was too slow for them."""
-        given = {"entity": entity, "id": id, "decision": decision, "min_score": str(min_score)}
+        score = None if min_score is None else str(min_score)
+        given = {"entity": entity, "id": id, "decision": decision, "min_score": score}
         asked = {k: v for k, v in given.items() if v is not None}
         forever = aiohttp.ClientTimeout(total=None, sock_read=60)
         url = f"{self._url}/v1/stream/predictions"
@@ -186,7 +189,7 @@ class BlockingApi:
 
     def predictions(
         self, entity: str, id: str, *, start: str | None = None, end: str | None = None,
-        min_score: float = 0.0, limit: int = 100, cursor: str | None = None,
+        min_score: float | None = None, limit: int = 100, cursor: str | None = None,
     ) -> Page:  # fmt: skip
         """See Api."""
         return self._run(

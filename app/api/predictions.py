@@ -202,7 +202,7 @@ class Streams:
 
         def wanted(found: Received) -> bool:
             return (
-                found.score >= query.min_score
+                (query.min_score is None or (found.score is not None and found.score >= query.min_score))
                 and (query.decision is None or found.decision == query.decision)
                 and (query.entity is None or found.keys.get(query.entity) == query.id)
             )

@@ -17,6 +17,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=200)]
 Id = Annotated[str, Meta(min_length=1, max_length=LONGEST_ID)]
 Short = Annotated[str, Meta(max_length=64)]
 Long = Annotated[str, Meta(max_length=2000)]
+Score = Annotated[float, Meta(ge=0, le=1)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Source = Literal["worker", "mirror"]
 Degraded = Literal["retention-cut", "other-definition", "too-far-back"]
@@ -92,18 +93,19 @@ class Origin(Struct):
 
 
 class Prediction(Struct):
-    """A prediction. features: its vector by name, null where the topic's predictions have none. reversed: the event
-    was taken back. label: null while none is known, and in live predictions."""
+    """A prediction. score and what goes with it: null where there was no model. features: its vector by name, null
+    where the topic's predictions have none. reversed: the event was taken back. label: null while none is known, and
+    in live predictions."""
 
     pipeline: str
     id: int | str
     stream: str
     event_time: dt.datetime
     scored_at: dt.datetime
-    score: float
-    decision: str
-    model: str
-    version: str
+    score: float | None
+    decision: str | None
+    model: str | None
+    version: str | None
     definition: str
     late: bool
     degraded: bool
@@ -131,7 +133,7 @@ class PageQuery(Struct, forbid_unknown_fields=True, rename={"start": "from", "en
     id: Annotated[Id, Meta(description="Its key.")]
     start: Annotated[Short | None, Meta(description="Of events from this time on.")] = None
     end: Annotated[Short | None, Meta(description="Of events before this time.")] = None
-    min_score: Annotated[float, Meta(ge=0, le=1, description="The least score.")] = 0.0
+    min_score: Annotated[Score | None, Meta(description="The least score.")] = None
     limit: Annotated[int, Meta(ge=1, le=1000, description="Predictions of a page.")] = 100
     cursor: Annotated[
         Long | None, Meta(description="`next` of the page before; leave it out for the first.")
@@ -173,7 +175,7 @@ class Published(Struct):
 class StreamQuery(Struct, forbid_unknown_fields=True):
     entity: Annotated[str | None, Meta(description="With `id`: only predictions about it.")] = None
     id: Annotated[str | None, Meta(description="The entity's key.")] = None
-    min_score: Annotated[float, Meta(ge=0, le=1, description="The least score.")] = 0.0
+    min_score: Annotated[Score | None, Meta(description="The least score.")] = None
     decision: Annotated[str | None, Meta(description="Only this decision.")] = None
     for_s: Annotated[
         Seconds | None,

@@ -16,8 +16,7 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from app.api import openapi, schemas
 from app.api.about import About
@@ -25,6 +24,7 @@ from app.api.events import Intake
 from app.api.features import Held, Lookups
 from app.api.live import Live
 from app.api.openapi import Route
+from app.api.pages import Pages, Ready, Remark
 from app.api.predictions import Ledgers, Streams
 from app.api.problems import Fault, ProblemError, fault_of
 from app.api.security import HEADERS, Caller, Guard
@@ -33,8 +33,6 @@ from app.model_life import ModelLife
 from models.errors import HeadraceError
 from models.pipeline import Pipeline
 from tables.mirror import MirrorReader, RedisError
-
-Ready = Callable[[], Awaitable[str | None]]  # None, or why not
 
 DRAIN_S = 10.0  # for requests under way when the process is to end
 IDLE_S = 75.0  # a connection without a whole request is closed after that; longer than proxies keep theirs
@@ -77,17 +75,21 @@ class Limits:
 
 def create_api(
     backends: Backends, registry: CollectorRegistry, ready: Ready, limits: Limits | None = None,
-    clock: Callable[[], float] = time.time,
+    clock: Callable[[], float] = time.time, remark: Remark = lambda: None,
 ) -> web.Application:  # fmt: skip
-    """An aiohttp application. clock: seconds since the epoch. Raises SettingsError where tokens cannot be read."""
-    return _Api(backends, registry, ready, limits or Limits(), clock).application
+    """An aiohttp application. clock: seconds since the epoch; remark: what else to say when ready.
+
+    Raises SettingsError where tokens cannot be read.
+    """
+    return _Api(backends, Pages(registry, ready, remark), registry, limits or Limits(), clock).application
 
 
 class _Api:
     def __init__(
-        self, backends: Backends, registry: CollectorRegistry, ready: Ready, limits: Limits, clock: Callable[[], float]
+        self, backends: Backends, pages: Pages, registry: CollectorRegistry, limits: Limits,
+        clock: Callable[[], float],
     ) -> None:  # fmt: skip
-        self._registry, self._ready, self._limits = registry, ready, limits
+        self._pages, self._limits = pages, limits
         pipeline = backends.pipeline
         self._guard = Guard(limits.tokens, limits.rate)
         self._live = Live(pipeline, backends.kafka) if backends.kafka else None
@@ -165,12 +167,14 @@ class _Api:
                 "GET", "/v1/models", self._about.models, "The versions of its model.",
                 query=schemas.Nothing, answer=schemas.Models,
             ),
-            Route("GET", "/healthz", self._healthz, "200 while the process runs.", scope=None, media="text/plain"),
+            Route(
+                "GET", "/healthz", self._pages.healthz, "200 while the process runs.", scope=None, media="text/plain"
+            ),
             Route(
                 "GET", "/readyz", self._readyz, "200 when it can do its work, else 503 and why.",
                 scope=None, media="text/plain", kinds=("unavailable",),
             ),
-            Route("GET", "/metrics", self._metrics, "Metrics in Prometheus' text format.", media="text/plain"),
+            Route("GET", "/metrics", self._pages.metrics, "Metrics in Prometheus' text format.", media="text/plain"),
             Route("GET", "/openapi.json", self._described, "This description."),
             Route("GET", "/docs", self._page, "This description as a page.", media="text/html"),
         ]  # fmt: skip
@@ -252,19 +256,10 @@ class _Api:
 
     # --- pages of the process --------------------------------------------------------------------
 
-    async def _healthz(self, *_: Any) -> web.Response:
-        return web.Response(text="ok\n")
-
     async def _readyz(self, *_: Any) -> web.Response:
-        reason = "It is ending." if self._draining else await self._ready()
-        if reason is not None:
-            raise ProblemError("unavailable", reason)
-        return web.Response(text="ready\n")
-
-    async def _metrics(self, *_: Any) -> web.Response:
-        return web.Response(
-            body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
-        )
+        if self._draining:
+            raise ProblemError("unavailable", "It is ending.")
+        return await self._pages.readyz()
 
     async def _described(self, *_: Any) -> web.Response:
         return web.Response(body=self._openapi, content_type="application/json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -60,6 +61,34 @@ def bench_latency(name: str, rate: float, seconds: float, as_json: bool) -> None
     from app import bench as benches
 
     _bench_result(benches.latency(common.settings(), name, rate, seconds), as_json)
+
+
+@bench.command("swap", epilog="Example: headrace bench swap --swaps 10 --json")
+@click.option("--pipeline", "-p", "name", default="card-fraud", show_default=True, metavar="NAME")
+@click.option("--rate", default=1000.0, show_default=True, help="Events a second, sent whatever comes back.")
+@click.option("--seconds", default=60.0, show_default=True, help="How long, after five seconds of warm-up.")
+@click.option("--swaps", default=10, show_default=True, help="How many new versions are promoted meanwhile.")
+@click.option("--workers", default=2, show_default=True, help="How many share the load.")
+@click.option(
+    "--within",
+    default=2.0,
+    show_default=True,
+    help="Exit 1 where the p99 around swaps is more times the other.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON line.")
+def bench_swap(
+    name: str, rate: float, seconds: float, swaps: int, workers: int, within: float, as_json: bool
+) -> None:
+    """How long predictions take while the model changes under load, with an MLflow server of its own.
+
+    Exit 1 where any is lost, doubled or differs, or that takes too long.
+    """
+    from app import bench_swap as benches
+
+    result = benches.swap(common.settings(), name, rate, seconds, swaps, workers)
+    _bench_result(result, as_json)
+    if not benches.good(result, within):
+        sys.exit(1)
 
 
 @bench.command("fold", epilog="Example: headrace bench fold --json")

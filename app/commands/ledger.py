@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
 
 import click
 
@@ -55,7 +57,7 @@ def status(name: str, alias: str | None, as_json: bool) -> None:
             [list(p.values()) for p in found["positions"]],
         )
     if found["revision"] != found["newest"]:
-        raise SystemExit(1)
+        sys.exit(1)
 
 
 @ledger.command(epilog="Example: headrace ledger run --pipeline flight-delays --port 8085")
@@ -63,6 +65,7 @@ def status(name: str, alias: str | None, as_json: bool) -> None:
 @click.option("--port", type=int, help="Of its health and metrics; HEADRACE_LEDGER_PORT by default.")
 def run(name: str, alias: str | None, port: int | None) -> None:
     """Write what is in the topics. Start as many as you like: they share the partitions."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until it has a loop there is nothing to end
     from app import ledger as ledgers
     from app.local import services
 

@@ -80,6 +80,8 @@ def models() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON array.")
 def models_list(name: str, everything: bool, as_json: bool) -> None:
     """The versions, the newest first."""
+    import msgspec
+
     from app.terminal import table, utc
 
     life = _life(common.settings(), name)
@@ -90,6 +92,7 @@ def models_list(name: str, everything: bool, as_json: bool) -> None:
             "aliases": [alias for alias, version in named.items() if version == v.version],
             "registered": utc(v.created), "definition": v.definition, "auc": v.metrics.get("auc"),
             "ap": v.metrics.get("ap"), "archived": v.archived,
+            "canary": None if v.canary is None else msgspec.to_builtins(v.canary),
         }
         for v in life.registry.versions(name)
         if everything or not v.archived
@@ -97,8 +100,22 @@ def models_list(name: str, everything: bool, as_json: bool) -> None:
     if as_json:
         common.print_json(rows)
     else:
-        columns = ["version", "aliases", "registered", "definition", "auc", "ap", "archived"]
-        table(columns, [[*(row | {"aliases": ", ".join(row["aliases"])}).values()] for row in rows])
+        columns = ["version", "aliases", "registered", "definition", "auc", "ap", "archived", "canary"]
+        shown = [row | {"aliases": ", ".join(row["aliases"]), "canary": _canary(row)} for row in rows]
+        table(columns, [[*row.values()] for row in shown])
+        for row in rows:
+            if row["canary"] is not None and "reason" in row["canary"]:
+                click.echo(f"{row['version']} was taken back: {row['canary']['reason']}")
+
+
+def _canary(row: dict[str, Any]) -> str | None:
+    """What a version is, or was, as the canary."""
+    canary = row["canary"]
+    if canary is None:
+        return None
+    if "reason" in canary:
+        return f"taken back ({canary['rail']})"
+    return f"{canary['share']:g} %" if "canary" in row["aliases"] else None
 
 
 @models.command("show", epilog="Example: headrace models show champion --pipeline card-fraud")
@@ -152,11 +169,29 @@ def models_rollback(name: str) -> None:
     click.echo(f"{_life(common.settings(), name).rollback()} is the champion of {name}")
 
 
+@models.command(
+    "canary", epilog="Example: headrace models canary challenger-deep --share 5 --pipeline card-fraud"
+)
+@click.argument("version")
+@common.pipeline_option
+@click.option(
+    "--share", type=click.FloatRange(0, 100, min_open=True), required=True, metavar="PERCENT",
+    help="Of the entities, which are chosen by a hash.",
+)  # fmt: skip
+def models_canary(version: str, name: str, share: float) -> None:
+    """Let a version decide for a share of the entities, if it passes the gate. Workers follow within 5 s.
+
+    It decides until it is promoted or withdrawn, or a guard rail takes it back.
+    """
+    version = _life(common.settings(), name).set_canary(version, share)
+    click.echo(f"{version} is the canary of {name}, for {share:g} % of its entities")
+
+
 @models.command("withdraw", epilog="Example: headrace models withdraw challenger-deep --pipeline card-fraud")
 @click.argument("alias")
 @common.pipeline_option
 def models_withdraw(alias: str, name: str) -> None:
-    """End a challenger's time in the shadow. Its version stays."""
+    """End the canary, or a challenger's time in the shadow. Its version stays."""
     click.echo(f"{_life(common.settings(), name).withdraw(alias)} is no {alias} of {name} any more")
 
 

@@ -33,7 +33,7 @@ def worker(name: str, alias: str | None, port: int | None) -> None:
     from app.serving import Serving
 
     life = model_life.of(settings, addresses, pipeline)
-    serving = Serving(life, settings.model_every_s, workers.say)
+    serving = Serving(life, settings.model_every_s, workers.say, settings.canary_bounds)
     counts = asyncio.run(kafka.checked_partitions(addresses.kafka, pipeline))
     built = workers.Worker(pipeline, serving, counts, addresses, settings, port or settings.worker_port)
     workers.run(built)
@@ -63,6 +63,28 @@ def api(name: str, alias: str | None, port: int | None) -> None:
         model_life.of(settings, addresses, pipeline),
     )
     run(pipeline, found, settings.api_limits, settings.api_host, port or settings.api_port)
+
+
+@click.command(epilog="Example: headrace quality --pipeline card-fraud & curl localhost:8089/metrics")
+@common.pipeline_options
+@click.option("--port", type=int, help="HEADRACE_QUALITY_PORT by default.")
+def quality(name: str, alias: str | None, port: int | None) -> None:
+    """Judge versions by their labels, as these come, and take a canary back that turns out worse."""
+    from app import kafka, model_life
+    from app import quality as process
+    from app.local import services
+
+    settings = common.settings()
+    pipeline = common.find(settings, name, alias)
+    addresses = services.addresses(settings)
+    built = process.Quality(
+        model_life.of(settings, addresses, pipeline), settings.quality_days, settings.quality_events,
+        settings.canary_bounds, process.say,
+    )  # fmt: skip
+    asyncio.run(kafka.checked_partitions(addresses.kafka, pipeline))
+    process.run(
+        built, addresses.kafka, settings.api_host, port or settings.quality_port, settings.model_every_s
+    )
 
 
 @click.command(

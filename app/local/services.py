@@ -7,18 +7,21 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from app.errors import HeadraceError, ServiceMissing, ServicesBusy, UnknownService
 from app.local import kafka, mlflow, postgres, valkey
 from app.local.ports import reserve
 from app.local.process import Launch, Running, Server
-from app.settings import OFF, Settings, variable
+from app.settings import OFF, POSTGRES, SQLITE, Settings, variable
 
 LOCK_WITHIN = 660.0  # seconds; longer than the slowest `up`, which fetches 54 MB
 STOP_WITHIN = 20.0  # seconds to end in good order
+
+_T = TypeVar("_T")
 
 Progress = Callable[[str, str], None]
 """Called with a service's name and what happens to it; from several threads, one per service."""
@@ -62,11 +65,13 @@ class Service:
         return self.kind.address(server.home, running.port)
 
 
+LEDGER = Service("postgres", "PostgreSQL", "postgres_url", 60.0, postgres)
+MLFLOW = Service("mlflow", "MLflow", "mlflow", 90.0, mlflow)
 SERVICES = (
     Service("kafka", "Kafka", "kafka", 90.0, kafka),
     Service("redis", "Redis", "redis_url", 30.0, valkey),
-    Service("postgres", "PostgreSQL", "postgres_url", 60.0, postgres),
-    Service("mlflow", "MLflow", "mlflow", 90.0, mlflow),
+    LEDGER,
+    MLFLOW,
 )
 
 
@@ -126,12 +131,12 @@ def _silent(_service: str, _event: str) -> None: ...
 def up(settings: Settings, only: Collection[str] | None = None, progress: Progress = _silent) -> Addresses:
     """Start what is neither configured nor running, side by side, and return when all of it answers.
 
-    Calling it again changes nothing. A service that fails is stopped, the others stay; then HeadraceError is
-    raised, with a sentence for each.
+    What keeps its data in another one is started behind that, which is started too. Calling it again changes
+    nothing. A service that fails is stopped, the others stay; then HeadraceError is raised, with a sentence for each.
     """
     chosen = [service for service in _choose(only) if not service.configured(settings)]
     with _locked(settings.data_root):
-        _side_by_side(lambda service: _up(service, settings, progress), chosen)
+        _side_by_side(lambda row: _up_in_turn(row, settings, progress), _rows(chosen, settings))
     return addresses(settings)
 
 
@@ -183,6 +188,27 @@ def _choose(only: Collection[str] | None) -> list[Service]:
     return [service for service in SERVICES if only is None or service.name in only]
 
 
+def _rows(chosen: list[Service], settings: Settings) -> list[list[Service]]:
+    """Those that wait for nothing, each by itself; MLflow behind PostgreSQL, where its tables are there."""
+    if MLFLOW not in chosen or settings.mlflow_store != POSTGRES or LEDGER.configured(settings):
+        return [[service] for service in chosen]
+    return [[LEDGER, MLFLOW], *([service] for service in chosen if service not in (LEDGER, MLFLOW))]
+
+
+def _up_in_turn(row: list[Service], settings: Settings, progress: Progress) -> None:
+    for service in row:
+        _up(service, settings, progress)
+
+
+def _launcher(service: Service, settings: Settings) -> Callable[..., Launch]:
+    """How to start it. MLflow must be told where its tables are."""
+    if service is not MLFLOW or settings.mlflow_store == SQLITE:
+        return service.kind.launch
+    if settings.mlflow_store != POSTGRES:
+        return partial(mlflow.launch, store=settings.mlflow_store)
+    return partial(mlflow.launch, store=mlflow.database_in(addresses(settings).postgres_url))
+
+
 def _up(service: Service, settings: Settings, progress: Progress) -> None:
     def report(event: str) -> None:
         progress(service.name, event)
@@ -197,7 +223,7 @@ def _up(service: Service, settings: Settings, progress: Progress) -> None:
     report("starting")
     with contextlib.ExitStack() as ports:
         preferred: int = getattr(settings, f"{service.name}_port")
-        launch = service.kind.launch(
+        launch = _launcher(service, settings)(
             server.home, preferred, lambda port: ports.enter_context(reserve(port)), report
         )
         server.start(launch)
@@ -258,7 +284,7 @@ def _without_password(address: str) -> str:
     return address.replace(f":{password}@", ":***@") if password else address
 
 
-def _side_by_side(act: Callable[[Service], None], chosen: Iterable[Service]) -> None:
+def _side_by_side(act: Callable[[_T], None], chosen: Iterable[_T]) -> None:
     """Do it to all at once, each to its end, and raise what failed as one error."""
     with ThreadPoolExecutor(len(SERVICES), thread_name_prefix="services") as pool:
         futures = [pool.submit(act, service) for service in chosen]

@@ -14,7 +14,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from models.errors import HeadraceError
@@ -38,6 +38,13 @@ class LedgerAway(HeadraceError):
         super().__init__(
             f"PostgreSQL does not answer ({error or type(error).__name__}); start it, or set HEADRACE_POSTGRES_URL."
         )
+
+
+class LedgerRefuses(HeadraceError):
+    """PostgreSQL answers, and does not let us in, or do what we ask."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"PostgreSQL refuses ({error}): correct the rights, or HEADRACE_POSTGRES_URL.")
 
 
 class OtherRevision(HeadraceError):
@@ -66,7 +73,7 @@ class Revisions:
 
 
 async def revisions(url: str) -> Revisions:
-    """At which a database is. Raises LedgerAway."""
+    """At which a database is. Raises LedgerAway, LedgerRefuses."""
     return await _with_connection(url, _revisions)
 
 
@@ -126,5 +133,10 @@ async def _with_connection(url: str, work: Callable[[Connection], _T]) -> _T:
             return await connection.run_sync(work)
     except (*AWAY, OperationalError) as error:
         raise LedgerAway(error) from None
+    except (asyncpg.PostgresError, DBAPIError) as error:
+        # SQLAlchemy wraps what asyncpg says twice
+        said = getattr(error, "orig", None) or error
+        kind = LedgerAway if isinstance(said.__cause__, AWAY) else LedgerRefuses
+        raise kind(said) from error
     finally:
         await engine.dispose()

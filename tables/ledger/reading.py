@@ -24,19 +24,19 @@ MOST = 1000  # predictions of a page
 _OUTCOMES = """
 SELECT p.*, l.label, l.known_at, l.sent_at AS labelled_at,
     EXISTS (
-        SELECT FROM headrace.labels r WHERE r.event = p.event AND r.pipeline = p.pipeline AND r.reversed
+        SELECT FROM ledger.labels r WHERE r.event = p.event AND r.pipeline = p.pipeline AND r.reversed
     ) AS reversed
 FROM found f
-JOIN headrace.predictions p USING (pipeline, scored_at, "partition", "offset")
+JOIN ledger.predictions p USING (pipeline, scored_at, "partition", "offset")
 LEFT JOIN LATERAL (
-    SELECT label, known_at, sent_at FROM headrace.labels l
+    SELECT label, known_at, sent_at FROM ledger.labels l
     WHERE l.event = p.event AND l.pipeline = p.pipeline AND NOT l.reversed
     ORDER BY sent_at DESC, l."partition" DESC, l."offset" DESC LIMIT 1
 ) l ON true
 """
 _OF_EVENT = f"""
 WITH found AS (
-    SELECT pipeline, scored_at, "partition", "offset" FROM headrace.predictions
+    SELECT pipeline, scored_at, "partition", "offset" FROM ledger.predictions
     WHERE event = $1 AND pipeline = $2 AND id = $3
     ORDER BY scored_at DESC, "partition" DESC, "offset" DESC LIMIT $4
 )
@@ -45,28 +45,29 @@ WITH found AS (
 # The keys' rows come in the order of their index, a page of them.
 _OF_ENTITY = f"""
 WITH found AS (
-    SELECT pipeline, scored_at, "partition", "offset" FROM headrace.prediction_keys
-    WHERE pipeline = $1 AND entity = $2 AND key = $3 AND event_time >= $4 AND event_time < $5 AND score >= $6
+    SELECT pipeline, scored_at, "partition", "offset" FROM ledger.prediction_keys
+    WHERE pipeline = $1 AND entity = $2 AND key = $3 AND event_time >= $4 AND event_time < $5
+        AND ($6::float8 IS NULL OR score >= $6)
         AND (event_time, scored_at, "partition", "offset") < ($7, $8, $9, $10)
     ORDER BY event_time DESC, scored_at DESC, "partition" DESC, "offset" DESC LIMIT $11
 )
 {_OUTCOMES} ORDER BY event_time DESC, scored_at DESC, "partition" DESC, "offset" DESC
 """  # noqa: S608 - likewise
 _EVENTS = """
-SELECT event, event_time, keys FROM headrace.predictions
+SELECT event, event_time, keys FROM ledger.predictions
 WHERE event = ANY($1::bigint[]) AND pipeline = $2 AND (stream IS NULL OR stream = $3)
 ORDER BY event, scored_at DESC, "partition" DESC, "offset" DESC
 """
 _WHOLE = """
-SELECT count(whole_at) AS partitions, min(whole_at) AS whole_at FROM headrace.positions WHERE topic = $1
+SELECT count(whole_at) AS partitions, min(whole_at) AS whole_at FROM ledger.positions WHERE topic = $1
 """
 _EXTENT = """
-SELECT (SELECT count(*) FROM headrace.predictions WHERE pipeline = $1) AS predictions,
-    (SELECT count(*) FROM headrace.labels WHERE pipeline = $1) AS labels,
-    (SELECT count(*) FROM pg_inherits WHERE inhparent = 'headrace.predictions'::regclass) AS days
+SELECT (SELECT count(*) FROM ledger.predictions WHERE pipeline = $1) AS predictions,
+    (SELECT count(*) FROM ledger.labels WHERE pipeline = $1) AS labels,
+    (SELECT count(*) FROM pg_inherits WHERE inhparent = 'ledger.predictions'::regclass) AS days
 """
 _POSITIONS = """
-SELECT topic, "partition", next, whole_at FROM headrace.positions WHERE topic = ANY($1::text[])
+SELECT topic, "partition", next, whole_at FROM ledger.positions WHERE topic = ANY($1::text[])
 ORDER BY topic, "partition"
 """
 
@@ -94,10 +95,10 @@ class Outcome(msgspec.Struct):
     stream: str | None
     event_time: int
     scored_at: int
-    score: float
-    decision: str
-    model: str
-    version: str
+    score: float | None
+    decision: str | None
+    model: str | None
+    version: str | None
     definition: str
     late: bool
     degraded: bool
@@ -134,7 +135,7 @@ class Ledger:
         return [self._outcome(row) for row in rows]
 
     async def predictions_about(
-        self, entity: str, key: str, *, start: int = 0, end: int | None = None, min_score: float = 0.0,
+        self, entity: str, key: str, *, start: int = 0, end: int | None = None, min_score: float | None = None,
         cursor: str | None = None, limit: int = 100,
     ) -> Page:  # fmt: skip
         """A page of those about an entity, of events from `start` on and before `end`, the newest event first.

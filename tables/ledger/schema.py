@@ -13,7 +13,7 @@ from sqlalchemy import Index, MetaData, PrimaryKeyConstraint, Text
 from sqlalchemy.dialects.postgresql import BIGINT, DOUBLE_PRECISION, JSON, JSONB, SMALLINT, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA = "headrace"
+SCHEMA = "ledger"  # not the name of a user, whose every table would come into it unasked
 
 _INSTANT: Any = TIMESTAMP(timezone=True)
 _NAME = Text(collation="C")  # compared byte by byte, whatever the language of the database
@@ -28,8 +28,9 @@ class Table(DeclarativeBase):
 class Prediction(Table):
     """A record of the predictions' topic. Its origin is its key, for an id may be predicted under two definitions.
 
-    event: the 64-bit id (models.fields.event_id) of the event, and id as the stream has it. keys: by entity.
-    features: the topic's own JSON, for `jsonb` would lose the sign of a zero.
+    event: the 64-bit id (models.fields.event_id) of the event, and id as the stream has it. score, decision, model,
+    version: null where there was no model. keys: by entity. features: the topic's own JSON, for `jsonb` would lose
+    the sign of a zero.
     """
 
     __tablename__ = "predictions"
@@ -42,10 +43,10 @@ class Prediction(Table):
     id: Mapped[str] = mapped_column(_NAME)
     stream: Mapped[str | None] = mapped_column(_NAME)
     event_time: Mapped[dt.datetime] = mapped_column(_INSTANT)
-    score: Mapped[float] = mapped_column(DOUBLE_PRECISION)
-    decision: Mapped[str] = mapped_column(_NAME)
-    model: Mapped[str] = mapped_column(_NAME)
-    version: Mapped[str] = mapped_column(_NAME)
+    score: Mapped[float | None] = mapped_column(DOUBLE_PRECISION)
+    decision: Mapped[str | None] = mapped_column(_NAME)
+    model: Mapped[str | None] = mapped_column(_NAME)
+    version: Mapped[str | None] = mapped_column(_NAME)
     definition: Mapped[str] = mapped_column(_NAME)
     late: Mapped[bool]
     degraded: Mapped[bool]
@@ -71,7 +72,7 @@ class PredictionKey(Table):
     scored_at: Mapped[dt.datetime] = mapped_column(_INSTANT)
     partition: Mapped[int]
     offset: Mapped[int] = mapped_column(BIGINT)
-    score: Mapped[float] = mapped_column(DOUBLE_PRECISION)
+    score: Mapped[float | None] = mapped_column(DOUBLE_PRECISION)
 
     __table_args__ = (
         PrimaryKeyConstraint("pipeline", "entity", "key", "event_time", "scored_at", "partition", "offset"),

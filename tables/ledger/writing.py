@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import itertools
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +37,7 @@ CREATE TEMP TABLE IF NOT EXISTS staged_labels (
 """
 _INSERT_PREDICTIONS = """
 WITH written AS (
-    INSERT INTO headrace.predictions
+    INSERT INTO ledger.predictions
     SELECT $1, to_timestamp(scored_at::float8 / 1000), "partition", "offset", event, id, stream,
         to_timestamp(event_time::float8 / 1000), score, decision, model, version, definition, late, degraded,
         keys::jsonb, features::json
@@ -44,7 +45,7 @@ WITH written AS (
     ON CONFLICT DO NOTHING
     RETURNING scored_at, "partition", "offset", event_time, score, keys
 ), keyed AS (
-    INSERT INTO headrace.prediction_keys
+    INSERT INTO ledger.prediction_keys
     SELECT $1, one.key, one.value, w.event_time, w.scored_at, w."partition", w."offset", w.score
     FROM written w, jsonb_each_text(w.keys) one
     WHERE one.value IS NOT NULL
@@ -54,7 +55,7 @@ SELECT count(*) FROM written
 """
 _INSERT_LABELS = """
 WITH written AS (
-    INSERT INTO headrace.labels
+    INSERT INTO ledger.labels
     SELECT $1, to_timestamp(sent_at::float8 / 1000), reversed, "partition", "offset", event,
         to_timestamp(event_time::float8 / 1000), label, to_timestamp(known_at::float8 / 1000)
     FROM staged_labels
@@ -64,27 +65,27 @@ WITH written AS (
 SELECT count(*) FROM written
 """
 _PLACES = """
-SELECT topic, "partition", next, highest FROM headrace.positions
+SELECT topic, "partition", next, highest FROM ledger.positions
 WHERE (topic, "partition") IN (SELECT * FROM unnest($1::text[], $2::int[]))
 """
 _BEGIN = """
-INSERT INTO headrace.positions (topic, "partition", next, highest)
+INSERT INTO ledger.positions (topic, "partition", next, highest)
 SELECT * FROM unnest($1::text[], $2::int[], $3::bigint[], $4::bigint[])
 ON CONFLICT DO NOTHING
 """
 # In the order of the key, so that two processes never wait for each other.
 _LOCK_PLACES = _PLACES + ' ORDER BY topic, "partition" FOR UPDATE'
 _MOVE = """
-UPDATE headrace.positions p SET next = m.next, highest = m.highest, whole_at = coalesce(m.whole_at, p.whole_at)
+UPDATE ledger.positions p SET next = m.next, highest = m.highest, whole_at = coalesce(m.whole_at, p.whole_at)
 FROM unnest($1::text[], $2::int[], $3::bigint[], $4::bigint[], $5::timestamptz[])
     m(topic, "partition", next, highest, whole_at)
 WHERE p.topic = m.topic AND p."partition" = m."partition"
 """
-_FORGET = "DELETE FROM headrace.positions WHERE topic = ANY($1::text[])"
+_FORGET = "DELETE FROM ledger.positions WHERE topic = ANY($1::text[])"
 _CLEAR = {
-    "predictions": "DELETE FROM headrace.predictions WHERE pipeline = $1",
-    "prediction_keys": "DELETE FROM headrace.prediction_keys WHERE pipeline = $1",
-    "labels": "DELETE FROM headrace.labels WHERE pipeline = $1",
+    "predictions": "DELETE FROM ledger.predictions WHERE pipeline = $1",
+    "prediction_keys": "DELETE FROM ledger.prediction_keys WHERE pipeline = $1",
+    "labels": "DELETE FROM ledger.labels WHERE pipeline = $1",
 }
 _DAYS = """
 SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
@@ -196,18 +197,24 @@ class Writer:
             return
         async with self._transaction() as connection:
             await self._alone(connection)
-            for day in missing:
-                for table in PARTED:
-                    await connection.execute(
-                        f"CREATE TABLE IF NOT EXISTS {SCHEMA}.{table}_{_name(day)} PARTITION OF {SCHEMA}.{table} "
-                        f"FOR VALUES FROM ('{_date(day)}T00:00Z') TO ('{_date(day + 1)}T00:00Z')"
-                    )
+            for day, table in itertools.product(missing, PARTED):
+                await self._have_day(connection, table, day)
         self._days |= set(missing)
+
+    async def _have_day(self, connection: Any, table: str, day: int) -> None:
+        """Made apart and attached, for which nobody who reads or writes has to be waited for."""
+        name = f"{SCHEMA}.{table}_{_name(day)}"
+        if await connection.fetchval("SELECT to_regclass($1)", name) is None:
+            await connection.execute(f"CREATE TABLE {name} (LIKE {SCHEMA}.{table} INCLUDING ALL)")
+            await connection.execute(
+                f"ALTER TABLE {SCHEMA}.{table} ATTACH PARTITION {name} "
+                f"FOR VALUES FROM ('{_date(day)}T00:00Z') TO ('{_date(day + 1)}T00:00Z')"
+            )
 
     async def keep(self, now: int, days: int) -> list[str]:
         """Make the partitions of today and tomorrow, and drop those of more than `days` ago; their names.
 
-        now: ms.
+        To drop needs a moment in which nobody reads: without one it raises LockNotAvailableError. now: ms.
         """
         today = now // DAY_MS
         await self._have_days({today, today + 1})

@@ -123,7 +123,7 @@ async def rows_of(url: str, pipeline: Pipeline, table: str = "predictions") -> l
     connection = await asyncpg.connect(url)
     try:
         rows: list[Any] = await connection.fetch(
-            f"SELECT * FROM headrace.{table} WHERE pipeline = $1", pipeline.instance
+            f"SELECT * FROM ledger.{table} WHERE pipeline = $1", pipeline.instance
         )
         return rows
     finally:
@@ -183,6 +183,7 @@ async def test_the_ledger_equals_the_topic_whoever_is_killed(
             rows = await filled(postgres_url, pipeline, len(told))
             await filled(postgres_url, pipeline, 3000, "labels")
             for each in processes:
+                await each.ready()
                 assert each.stop() == 0
         finally:
             for each in processes:
@@ -250,9 +251,7 @@ async def test_migrations_go_up_from_nothing_and_down_again(postgres_url: str) -
     assert migrating.is_down(after, "base") and not migrating.is_down(after, "head")
     assert (await migrating.migrate(url, "base")).current is None
     connection = await asyncpg.connect(url)
-    left = await connection.fetch(
-        "SELECT relname FROM pg_class WHERE relnamespace = 'headrace'::regnamespace"
-    )
+    left = await connection.fetch("SELECT relname FROM pg_class WHERE relnamespace = 'ledger'::regnamespace")
     assert {r["relname"] for r in left} <= {"alembic_version", "alembic_version_pkc"}
     assert (await migrating.migrate(url)).fits
     await connection.close()
@@ -299,6 +298,14 @@ async def test_only_who_stands_where_the_ledger_does_may_write(world: Settings, 
         await old.write(in_hand)
     assert (await old.places([tp], {tp: 0}))[tp] == Place(20, 19)
     assert len(await rows_of(postgres_url, pipeline)) == 20
+    # without that look at the place it would go back, and what was read would be read again
+
+    async def nothing(*_: Any) -> None: ...
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(old, "_hold", nothing)
+        await old.write(in_hand)
+    assert (await old.places([tp], {tp: 0}))[tp] == Place(10, 9)
     # what is read again from the beginning, is there already
     await new.forget([pipeline.predictions])
     again = rows_for(pipeline, range(25), (await new.places([tp], {tp: 0}))[tp], now)
@@ -328,9 +335,17 @@ async def test_days_are_made_and_dropped(world: Settings, postgres_url: str) -> 
     # a day that another has dropped is made anew
     late = rows_for(pipeline, range(30, 40), new.moves[tp].after, now - 29 * DAY_MS)
     assert await writer.write(late) == 10
-    await writer.close()
-    await other.close()
-    await admin.close()
+    # who reads for long holds up what is dropped, and nothing else
+    reports = await asyncpg.connect(url)
+    async with reports.transaction():
+        await reports.fetch("SELECT count(*) FROM ledger.outcomes")
+        ahead = rows_for(pipeline, range(40, 50), late.moves[tp].after, now + 3 * DAY_MS)
+        assert await writer.write(ahead) == 10
+        with pytest.raises(asyncpg.LockNotAvailableError):
+            await other.keep(now + 40 * DAY_MS, 30)
+    assert await other.keep(now + 40 * DAY_MS, 30)
+    for each in (reports, admin, writer, other):
+        await each.close()
 
 
 async def test_a_connection_that_breaks_loses_and_doubles_nothing(world: Settings, postgres_url: str) -> None:
@@ -397,13 +412,13 @@ async def test_look_ups_find_what_a_scan_finds(world: Settings, postgres_url: st
     everything = [(await reader.predictions_of(n))[0] for n in range(400)]
     assert [o.label for o in everything] == [last.get(n) for n in range(400)]
     for entity, key, start, end, least in (
-        ("customer", "7", 0, None, 0.0), ("customer", "7", BEGIN + 57_000, BEGIN + 207_000, 0.0),
-        ("terminal", "0", 0, None, 0.5), ("terminal", "none", 0, None, 0.0), ("nobody", "7", 0, None, 0.0),
+        ("customer", "7", 0, None, None), ("customer", "7", BEGIN + 57_000, BEGIN + 207_000, None),
+        ("terminal", "0", 0, None, 0.5), ("terminal", "none", 0, None, None), ("nobody", "7", 0, None, None),
     ):  # fmt: skip
         wanted = [
             o for o in reversed(everything)
             if o.keys.get(entity) == key and start <= o.event_time and (end is None or o.event_time < end)
-            and o.score >= least
+            and (least is None or (o.score is not None and o.score >= least))
         ]  # fmt: skip
         found: list[Outcome] = []
         cursor = None
@@ -440,7 +455,8 @@ async def test_what_is_no_row_does_not_stop_it(world: Settings, postgres_url: st
     values = [
         b"", b"{", prediction(1, 0, 1, event_time=2**62), prediction(2, 0, 2, id=2**64),
         prediction(3, 0, 3, id="a\0b", keys={"customer": "x\0", "terminal": "\\u0000"}),
-        prediction(4, 0, 4, features={"TX_AMOUNT": 1e300, "\0": 1}), prediction(5, 0, 5, keys=[1]),
+        prediction(4, 0, 4, features={"TX_AMOUNT": 1e300, "\0": 1}, score=None, model=None),
+        prediction(5, 0, 5, keys=[1]),
         prediction(6, 0, 2**63), prediction(7, 0, 7, features=None),
     ]  # fmt: skip
     records: Any = [

@@ -45,6 +45,20 @@ sys.argv[0] = "headrace"
 main()
 """
 
+# A worker whose client of Kafka never comes to leave its group.
+CLINGING = """
+import asyncio, sys
+from aiokafka.consumer.group_coordinator import GroupCoordinator
+from app.cli import main
+
+async def close(self):
+    await asyncio.Event().wait()
+
+GroupCoordinator.close = close
+sys.argv[0] = "headrace"
+main()
+"""
+
 
 def changed(process: session.Process, code: str) -> session.Process:
     """The same command, with this before it."""
@@ -89,6 +103,18 @@ async def test_a_full_disk_stops_the_worker_before_damage(
         worker.stop()
     verdict, _ = await verify.check(pipeline, addresses.kafka)
     assert (verdict.lost, verdict.doubled, verdict.differing) == (0, 0, 0)
+
+
+async def test_a_client_that_clings_to_its_group_keeps_no_worker_from_a_good_end(
+    trained: Settings, addresses: Addresses
+) -> None:
+    """All is flushed and let go by then."""
+    pipeline = find("card-fraud", trained.pipelines, "cards-clinging")
+    await session.fresh(trained, pipeline, addresses)
+    worker = changed(session.Process(trained, pipeline, "worker"), CLINGING)
+    worker.start()
+    await worker.ready()
+    assert worker.stop() == 0
 
 
 async def test_a_clock_that_jumps_changes_nothing(

@@ -26,7 +26,7 @@ from app.settings import Settings
 from models.pipeline import Pipeline, find
 from models.predictions import Prediction, decode
 from models.scoring import Card, Refused
-from tables.model_folder import CHAMPION, PREVIOUS, ModelFolder
+from tables.model_folder import CANARY, CHAMPION, PREVIOUS, ModelFolder
 from tests.fixtures.models import SHOP, card, graph, sigmoid
 
 pytestmark = pytest.mark.integration
@@ -102,6 +102,43 @@ def test_aliases_go_and_come_back(mlflow: str, tmp_path: Path) -> None:
     here.registry.folder.save(graph(3.0), of("aliases", "three", golden_scores=sigmoid([0, 6]).tolist()))
     here.promote("three")
     assert {v.version for v in here.registry.versions("aliases")} == {"one", "two", "three"}
+
+
+async def test_a_canary_is_noted_at_its_version(mlflow: str, tmp_path: Path) -> None:
+    here = life(mlflow, tmp_path / "here", "canaries")
+    for version, weight in (("one", 1.0), ("two", 2.0)):
+        golden = sigmoid([0, 2 * weight]).tolist()
+        here.registry.folder.save(graph(weight), of("canaries", version, golden_scores=golden))
+        here.register(version, promote=False)
+    there, told = life(mlflow, tmp_path / "there", "canaries"), list[str]()  # a worker's machine
+    serving = Serving(there, 0.1, told.append)
+
+    async def seen() -> tuple[dict[str, str], dict[str, float]]:
+        await serving.look()
+        await serving.look_at_challengers()
+        return {alias: m.card.version for alias, m in serving.models.items()}, serving.shares
+
+    here.registry.point("canaries", CANARY, "two")  # as one can in MLflow's own pages
+    assert await seen() == ({CHAMPION: "one"}, {})
+    here.set_canary("two", 12.5)
+    assert await seen() == ({CHAMPION: "one", CANARY: "two"}, {CANARY: 12.5})
+    here.set_canary(CANARY, 25)
+    assert await seen() == ({CHAMPION: "one", CANARY: "two"}, {CANARY: 25})
+    # a rail of this worker takes it back, and whoever asks is told
+    serving.drop(CANARY, "two", RuntimeError("no such kernel"))
+    assert await seen() == ({CHAMPION: "one"}, {})
+    (row,) = [v for v in here.registry.versions("canaries") if v.version == "two"]
+    assert row.canary is not None
+    assert (row.canary.share, row.canary.rail) == (25, "failed")
+    assert row.canary == here.registry.canary("canaries", "two") == there.registry.canary("canaries", "two")
+    assert here.examined("two")["canary"]["reason"] == "The canary two failed to score (no such kernel)."
+    assert here.registry.canary("canaries", "three") is None
+    # people set it again, and it is promoted
+    here.set_canary("two", 50)
+    assert await seen() == ({CHAMPION: "one", CANARY: "two"}, {CANARY: 50})
+    here.promote("two")
+    assert await seen() == ({CHAMPION: "two"}, {})
+    assert CANARY not in here.aliases()
 
 
 def test_archived_versions_are_told(mlflow: str, tmp_path: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import shutil
+import signal
 from collections.abc import AsyncIterator, Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +216,64 @@ def _decisions(life: ModelLife, version: str, scores: list[float]) -> list[str]:
     card = life.load(version).card
     ranked = sorted(card.thresholds.items(), key=lambda item: -item[1])
     return [next((name for name, t in ranked if s >= t), card.otherwise) for s in scores]
+
+
+@pytest.mark.timeout(400)
+async def test_workers_are_killed_and_no_prediction_has_two_records_nor_one_of_other_bits(
+    two: Settings, addresses: Addresses, cards: Path
+) -> None:
+    pipeline, life = find(NAME, two.pipelines, "cards-shadow-killed"), life_of(two)
+    champion = life.aliases()[CHAMPION]
+    (challenger,) = (v.version for v in life.registry.versions(NAME) if v.version != champion)
+    life.promote(challenger, ALIAS)
+    await session.fresh(two, pipeline, addresses)
+    workers = [session.Process(two, pipeline, "worker", n) for n in (1, 2)]
+    tape, rng = replay.tape(cards, pipeline, "2018-04-10", "2018-04-14"), random.Random(6)
+    try:
+        for worker in workers:
+            worker.start()
+        await asyncio.gather(*(worker.ready() for worker in workers))
+        publishing = asyncio.create_task(replay.publish(tape, pipeline, addresses.kafka, 400))
+        kills = 0
+        while not publishing.done():
+            worker = rng.choice(workers)
+            seen = (await worker.metrics())["headrace_shadows_total"]
+            more = seen + rng.randint(50, 800)
+            await until(worker, lambda m, more=more: m["headrace_shadows_total"] > more or publishing.done())
+            await asyncio.sleep(rng.random() / 5)
+            assert worker.stop(signal.SIGKILL) == -signal.SIGKILL
+            kills += 1
+            await asyncio.sleep(rng.random() * 3)
+            worker.start()
+            await worker.ready()
+        await publishing
+        async with asyncio.timeout(120):
+            while len(await predictions_of(pipeline, addresses.kafka)) < tape.events:
+                for worker in workers:
+                    worker.check()
+                await asyncio.sleep(0.5)
+        assert [(await w.metrics())["headrace_shadows_missed_total"] for w in workers] == [0, 0]
+    finally:
+        life.withdraw(ALIAS)
+        codes = [worker.stop() for worker in workers]
+    assert codes == [0, 0]
+    verdict, _ = await verify.check(pipeline, addresses.kafka)
+    assert (verdict.lost, verdict.doubled, verdict.differing) == (0, 0, 0)
+    predictions = await predictions_of(pipeline, addresses.kafka)
+    made = await shadows_of(pipeline, addresses.kafka)
+    print(f"\n{kills} kills, {len(predictions)} predictions, {len(predictions) - len(made)} without a record")
+    # 1. at most one each, of a prediction that is out, and with the bits of an offline scoring
+    assert len(dict(made)) == len(made) <= len(predictions)
+    theirs = [predictions[place] for place, _ in made]
+    assert [(s.id, s.champion.version, s.champion.score) for _, s in made] == [
+        (p.id, p.version, p.score) for p in theirs
+    ]
+    assert [s.challengers[ALIAS].score for _, s in made] == scores_of(two, challenger, theirs)
+    # 2. of each partition a run of events for each kill at most is without one, and no more
+    assert kills >= 3
+    recorded = set(dict(made))
+    for partition in range(two.partitions):
+        origins = sorted(place for place in predictions if place[0] == partition)
+        runs = [there for there, _ in groupby(place in recorded for place in origins)]
+        assert runs.count(False) <= kills
+    assert len(made) > len(predictions) / 2

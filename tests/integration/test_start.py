@@ -20,12 +20,14 @@ from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.integration
 
+PORTS = {"WORKER": "28081", "API": "28080", "LEDGER": "28090"}
+
 
 @contextmanager
 def started(*options: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, "-m", "app.cli", "start", "-p", "flight-delays", *options], cwd=REPOSITORY, text=True,
-        env=os.environ | {"HEADRACE_WORKER_PORT": "28081", "HEADRACE_API_PORT": "28080"},
+        env=os.environ | {f"HEADRACE_{kind}_PORT": port for kind, port in PORTS.items()},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -57,18 +59,18 @@ def ended(process: subprocess.Popen[str], within: float = 60) -> tuple[int, str,
 
 
 @pytest.mark.timeout(200)
-def test_all_processes_run_and_end_together(trained: Settings) -> None:
+def test_all_processes_run_and_end_together(trained: Settings, postgres_url: str) -> None:
     run("topics", "create", "-p", "flight-delays")
     with started("--workers", "2") as process:
-        for port in (28081, 28082, 28080):
+        for port in (28081, 28082, 28080, 28090):
             assert answers(f"http://127.0.0.1:{port}/readyz") == "ready\n"
         process.send_signal(signal.SIGTERM)
         code, out, err = ended(process)
     assert (code, err) == (0, "")
-    assert {"worker.1", "worker.2", "api.1"} <= {
+    assert {"worker.1", "worker.2", "api.1", "ledger.1"} <= {
         line.split(" ", 1)[1].split(" ")[0] for line in out.splitlines()
     }
-    for port in (28081, 28082, 28080):
+    for port in (28081, 28082, 28080, 28090):
         with pytest.raises((urllib.error.URLError, OSError)):
             answers(f"http://127.0.0.1:{port}/healthz", within=0)
 

@@ -47,3 +47,16 @@ def test_the_ledger_takes_a_backlog(world: Settings, postgres_url: str) -> None:
         min(result["rows_per_s"], result["cpu_us_per_row"], result["event_p50_ms"], result["entity_p50_ms"])
         > 0
     )
+
+
+@pytest.mark.timeout(300)
+def test_latency_around_swaps(trained: Settings) -> None:
+    result = bench("swap", "--rate", "300", "--seconds", "12", "--swaps", "2", "--within", "1000")
+    assert (result["swaps"], result["workers"]) == (2, 2)
+    wrong = ("missing", "lost", "doubled", "differing", "changed_back")
+    assert [result[figure] for figure in wrong] == [0] * len(wrong)
+    assert 0 < result["events_around"] < result["events"]
+    for part in ("ordinary", "swap"):
+        assert 0 < result[f"{part}_p50_ms"] <= result[f"{part}_p99_ms"] <= result[f"{part}_max_ms"]
+    assert result["p99_ratio"] > 0
+    assert 0 < result["all_changed_median_s"] <= result["all_changed_most_s"]

@@ -65,6 +65,19 @@ def test_nothing_is_found_where_nothing_is_wrong(pipeline: Pipeline, expected: v
     assert judged(pipeline, expected, served(pipeline, expected)).named == []
 
 
+def test_a_score_is_asked_for_only_where_there_was_a_model(
+    pipeline: Pipeline, expected: verify.Expected
+) -> None:
+    predictions = served(pipeline, expected)
+    none = dict.fromkeys(("score", "decision", "model", "version"))
+    bare = msgspec.structs.replace(predictions[2].prediction, **none)
+    predictions[2] = replace(predictions[2], prediction=bare)
+    assert judged(pipeline, expected, predictions).named == []
+    lacking = msgspec.structs.replace(predictions[3].prediction, score=None)
+    predictions[3] = replace(predictions[3], prediction=lacking)
+    assert judged(pipeline, expected, predictions).counts == {"differing": 1}
+
+
 def test_a_lost_prediction_is_found(pipeline: Pipeline, expected: verify.Expected) -> None:
     predictions = served(pipeline, expected)
     del predictions[3]

@@ -105,6 +105,15 @@ def test_ranks_of_equal_scores_are_their_mean() -> None:
     assert math.isnan(rank_correlation(a, np.ones(4)))
 
 
+async def test_of_what_a_canary_has_decided_the_champion_s_score_is_in_the_shadow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    topics = Topics(monkeypatch)
+    topics.predict(SHOP, 1, 0, "b", 0.9)
+    topics.shadow(SHOP, 1, 0, b=0.9, champion=0.4)
+    assert (await read(SHOP, "", 0, 9)).scores == {"a": {1: 0.4}, "b": {1: 0.9}}
+
+
 def test_without_labels_there_are_scores_only() -> None:
     seen = observed()
     seen.labels = {}
@@ -115,12 +124,12 @@ def test_without_labels_there_are_scores_only() -> None:
     assert msgspec.json.decode(msgspec.json.encode(a))["auc"] is None
 
 
-def test_of_equal_scores_the_earlier_events_are_a_day_s_first() -> None:
+def test_of_equal_scores_a_day_s_first_are_any() -> None:
     seen = Observed()
     for n in reversed(range(150)):
         seen.add(n * 7919 % 1009, n, "a", 0.5)
         seen.labels[n * 7919 % 1009] = int(n < 100)
-    assert compare(seen, None, {}).versions[0].precision_at_top == 1
+    assert compare(seen, None, {}).versions[0].precision_at_top == pytest.approx(100 / 150)
 
 
 def test_a_score_that_is_no_number_is_left_out() -> None:
@@ -172,10 +181,11 @@ class Topics:
         self.held.setdefault(pipeline.predictions, []).append(msgspec.json.encode(made))
 
     def shadow(
-        self, pipeline: Pipeline, id_: int, time: int, stream: str | None = None, **theirs: float
-    ) -> None:
+        self, pipeline: Pipeline, id_: int, time: int, stream: str | None = None, champion: float | None = None,
+        **theirs: float,
+    ) -> None:  # fmt: skip
         given = {f"challenger-{v}": Scored(v, score) for v, score in theirs.items()}
-        made = Shadow(id_, time, Origin(0, id_), "", Scored("a", 0.0), given, stream)
+        made = Shadow(id_, time, Origin(0, id_), "", Scored("a", champion), given, stream)
         self.held.setdefault(pipeline.shadow, []).append(msgspec.json.encode(made))
 
 

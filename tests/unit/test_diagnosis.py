@@ -7,6 +7,7 @@ import msgspec
 from app import diagnosis, doctor
 from app.diagnosis import Copy, Event, Hole, Row, Stored, Tail
 from app.kafka import Group, Member, Span, wanted_topics
+from models.canary import Canary
 from models.pipeline import Pipeline
 from models.predictions import Origin, Prediction
 from tables.mirror import Mirrored
@@ -117,10 +118,19 @@ def test_predictions() -> None:
         assert row.verdict == "wrong" and remedy in row.remedy
 
 
+def test_a_canary() -> None:
+    (decides,) = diagnosis.canary("m2", Canary(5, 1))
+    assert (decides.verdict, decides.seen) == ("ok", "canary m2 decides for 5 % of the entities")
+    (over,) = diagnosis.canary("m2", Canary(5, 1, "latency", "The canary m2 took long.", 2))
+    assert (over.verdict, over.seen) == ("warn", "taken back: The canary m2 took long.")
+
+
 def test_the_latest_prediction() -> None:
     made = Prediction(1, 1, 0.5, "pass", SHOP.name, "m1", SHOP.definition, False, Origin(0, 0))
     assert diagnosis.latest(SHOP, made, "m1") == diagnosis.latest(SHOP, None, "m1") == []
     assert verdicts(diagnosis.latest(SHOP, made, "m2")) == [("model", "warn")]
+    (unscored,) = diagnosis.latest(SHOP, msgspec.structs.replace(made, version=None), "m1")
+    assert unscored.seen == "the latest is without a model, the champion is m1"
     older = msgspec.structs.replace(made, definition="0")
     assert verdicts(diagnosis.latest(SHOP, older, "m1")) == [("definition", "warn")]
 

@@ -23,17 +23,20 @@ from app.explain import Explanation, Place, Served
 from app.kafka import wanted_topics
 from app.ledger import LedgerCollector
 from app.metrics import WorkerCollector
+from app.quality import QualityCollector
 from app.settings import Settings, variable
 from app.train_report import MEANINGS
 from models import explain
 from models.comparison import Figures, Pair
 from models.dead_letters import DeadLetter, Replayed
 from models.estimators import KINDS as KINDS_OF_MODELS
+from models.evaluation import DAY_MS
 from models.events import Code
 from models.explain import Explained, Relabelled, View
 from models.model_files import ModelFile
 from models.pipeline import find, parse
 from models.predictions import Origin, Prediction
+from models.quality import Realised
 from models.records import RecordCodec
 from models.shadows import Shadow
 from models.windows import OUTCOMES
@@ -119,13 +122,15 @@ def worker_metrics() -> dict[str, set[str]]:
         serving=SimpleNamespace(
             models={
                 alias: SimpleNamespace(card=SimpleNamespace(pipeline="", version="", definition=""))
-                for alias in ("champion", "challenger-x")
+                for alias in ("champion", "canary", "challenger-x")
             },
+            shares={"canary": 5.0},
+            taken_back={"": "scores"},
             refusals={"golden": 1},
             refused={"champion": SimpleNamespace(version="", reason="golden")},
             away=None,
         ),
-        score=SimpleNamespace(predicted=0),
+        score=SimpleNamespace(predicted=0, unscored=0),
         shadow=SimpleNamespace(sent=0, missed=0),
         routes={"labels": SimpleNamespace(routed=0, waiting=0)},
         dead_letters=0,
@@ -149,6 +154,17 @@ def api_metrics() -> dict[str, set[str]]:
     }
 
 
+def quality_metrics() -> dict[str, set[str]]:
+    """Names and labels of what `headrace quality` tells."""
+    realised = Realised(1, 0, 9)
+    for id_ in range(2):
+        realised.scored(id_, id_ * 2 * DAY_MS, {"a": 0.5})
+        realised.labelled(id_, id_ * 2 * DAY_MS, 1, 1)
+    realised.scored(3, 3 * DAY_MS, {"a": 0.5})
+    quality: Any = SimpleNamespace(realised=realised, left=0, away=None)
+    return {s.name: set(s.labels) for family in QualityCollector(quality).collect() for s in family.samples}
+
+
 def ledger_metrics() -> dict[str, set[str]]:
     """Names and labels of the metrics of a process of the ledger."""
     recorder = SimpleNamespace(dropped=0, foreign=0, expired=0)
@@ -164,7 +180,7 @@ def test_every_metric() -> None:
     rows = re.findall(r"^\| `(headrace_\w+)` \|(.*?)\|", page("metrics.md"), re.MULTILINE)
     shown = {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in rows}
     assert len(api_metrics()) >= 2
-    assert shown == worker_metrics() | api_metrics() | ledger_metrics()
+    assert shown == worker_metrics() | api_metrics() | quality_metrics() | ledger_metrics()
 
 
 def test_every_route() -> None:

@@ -141,6 +141,14 @@ CASES: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
     ],
     "another `field` of the labels": [((), ("field: RETURNED", "field: GONE", "of: RETURNED", "of: GONE"))],
     "another `known` of the labels": [((), ("known: KNOWN", "known: SEEN"))],
+    "labels or reversals may leave out what the ledger knows (`keys: ledger`)": [
+        ((), ("known: KNOWN", "known: KNOWN\n  keys: ledger")),
+        ((MORE, f"{REVERSALS}{MORE}"), ("known: GONE", "known: GONE\n  keys: ledger")),
+    ],
+    "labels or reversals may no longer leave it out": [
+        (("known: KNOWN", "known: KNOWN\n  keys: ledger"), ("  keys: ledger\n", "")),
+        ((MORE, f"{REVERSALS}  keys: ledger\n{MORE}"), ("  keys: ledger\n", "")),
+    ],
     "another `topic` of the stream, or another name of it": [
         ((), ("    id: ID\n", "    id: ID\n    topic: raw\n")),
         ((), ("  orders:", "  purchases:")),

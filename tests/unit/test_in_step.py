@@ -62,6 +62,18 @@ def test_a_partition_that_gives_nothing_holds_others_back_for_a_bound() -> None:
     assert times(both.take(IDLE_S + 0.1)) == {A: [7]}
 
 
+def test_a_topic_that_is_not_read_holds_nobody_back() -> None:
+    """Neither here nor, by what they are told, other workers."""
+    both = step((A, 100), (L, 100))
+    both.offer(*A, records(1, 50), 100, 1.0)
+    both.offer(*L, records(3), 100, 1.0)
+    assert times(both.take(1.0)) == {A: [1], L: [3]}
+    assert both.lows(1.0 + LAGGING_S)[L] is not None
+    both.held_back = frozenset({"labels"})
+    assert times(both.take(1.0)) == {A: [50]}
+    assert both.lows(1.0 + LAGGING_S)[L] is None
+
+
 def test_other_workers_hold_back_too_and_other_topics_do_not() -> None:
     one = step((A, 1))
     one.offer(*A, records(7, 30), 2, 1.0)

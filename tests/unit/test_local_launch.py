@@ -404,6 +404,38 @@ def test_what_counts_as_an_answer(
     assert kind.answers(1) is ready
 
 
+def test_the_address_of_mlflow_s_tables_is_on_no_command_line(home: Path) -> None:
+    launch = mlflow.launch(home, 5000, lambda port: port, no_report, store="postgresql://u:secret@h/d")
+    assert "secret" not in " ".join(launch.command)
+    assert launch.env["_MLFLOW_SERVER_REGISTRY_STORE"] == "postgresql+psycopg://u:secret@h/d"
+
+
+def test_postgresql_behind_mlflow_needs_a_driver(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlflow, "find_spec", lambda name: None if name == "psycopg" else name)
+    with pytest.raises(ProgramMissing, match=r"no Python package psycopg.*HEADRACE_MLFLOW_STORE=sqlite"):
+        mlflow.launch(home, 5000, lambda port: port, no_report, store="postgresql://u:secret@h/d")
+    with pytest.raises(ProgramMissing, match="psycopg"):
+        mlflow.database_in("postgresql://u:secret@h/d")
+    mlflow.launch(home, 5000, lambda port: port, no_report)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({}, [["kafka"], ["mlflow"]]),
+        ({"mlflow_store": "postgres"}, [["postgres", "mlflow"], ["kafka"]]),
+        ({"mlflow_store": "postgres", "postgres_url": "postgresql://u@h/d"}, [["kafka"], ["mlflow"]]),
+        ({"mlflow_store": "postgresql://u@h/d"}, [["kafka"], ["mlflow"]]),
+    ],
+)
+def test_mlflow_waits_for_its_tables(
+    settings: Settings, changes: dict[str, str], rows: list[list[str]]
+) -> None:
+    given = settings.model_copy(update=changes)
+    found = services._rows(services._choose(["kafka", "mlflow"]), given)
+    assert [[service.name for service in row] for row in found] == rows
+
+
 def test_the_examples_in_the_docstrings() -> None:
     result = doctest.testmod(services)
     assert (result.failed, result.attempted > 0) == (0, True)

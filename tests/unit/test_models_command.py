@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from app.cli import main
+from models.canary import Canary
 from tables.model_folder import CHAMPION, ModelFolder
 from tests.fixtures.models import SHOP_YAML, card, graph, sigmoid
 
@@ -53,6 +54,37 @@ def test_a_version_from_its_promotion_to_the_archive(folder: ModelFolder) -> Non
     assert "third" not in listed()
     assert listed("--all")["third"]["archived"]
     assert "third" in models("list", "--all").stdout
+
+
+def test_a_canary_from_its_share_to_its_end(folder: ModelFolder) -> None:
+    assert (
+        models("canary", "second", "--share", "2.5").stdout
+        == "second is the canary of shop, for 2.5 % of its entities\n"
+    )
+    row = listed()["second"]
+    assert (row["aliases"], row["canary"]["share"], "reason" in row["canary"]) == (["canary"], 2.5, False)
+    assert "2.5 %" in models("list").stdout
+    assert listed()[FIRST]["canary"] is None
+    # a rail has taken it back
+    noted = folder.canary("shop", "second")
+    assert noted is not None
+    folder.note("shop", "second", Canary(2.5, noted.since, "latency", "It was slow.", noted.since + 1))
+    assert "second was taken back: It was slow.\n" in models("list").stdout
+    assert json.loads(models("show", "canary", "--json").stdout)["canary"]["rail"] == "latency"
+    assert "It was slow." in models("show", "canary").stdout
+    assert (
+        "version second is the canary; promote another, or withdraw it" in models("archive", "second").stderr
+    )
+    assert models("withdraw", "canary").stdout == "second is no canary of shop any more\n"
+    assert listed()["second"]["aliases"] == []
+    # who becomes the champion is none any more
+    for way in (("promote", "second"), ("rollback",)):
+        other = "second" if way[0] == "promote" else FIRST
+        assert models("canary", other, "--share", "5").exit_code == 0
+        assert models(*way).exit_code == 0
+        assert "canary" not in folder.aliases("shop")
+    for share in ("0", "101", "x"):
+        assert models("canary", "second", "--share", share).exit_code == 2
 
 
 def test_what_cannot_be_done_is_told_in_a_sentence(folder: ModelFolder) -> None:

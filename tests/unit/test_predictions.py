@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from models.predictions import Place, PredictionEncoder, decode
+from models.predictions import Place, PredictionEncoder, decode, unscored
 from tests.fixtures.histories import bits
 from tests.fixtures.pipelines import shop
 
@@ -86,6 +86,28 @@ def test_nan_is_null() -> None:
     value = encode([0.5], [math.nan] * WIDTH)[0]
     assert value.count(b"null") == WIDTH + 1  # and a key
     assert b"NaN" not in value
+
+
+def test_without_a_model_a_prediction_is_its_features() -> None:
+    zero = np.zeros(1, np.int64)
+    vectors, late = np.arange(WIDTH, dtype=np.float64).reshape(1, WIDTH), np.zeros(1, np.bool_)
+    keys = [["1"], [None]]
+    (value,) = ENCODER.encode(
+        [7], zero, zero + 1000, vectors, unscored(1), late, late, None, zero, zero + 5, keys
+    )
+    assert json.loads(value) == {
+        "id": 7, "event_time": 1000, "score": None, "decision": None, "model": None, "version": None,
+        "definition": SHOP.definition, "late": False, "degraded": False, "origin": {"partition": 0, "offset": 5},
+        "keys": {"customer": "1", "shop": None},
+        "features": dict(zip(SHOP.vector, range(WIDTH), strict=True)),
+    }  # fmt: skip
+    read = decode(value)
+    assert (read.score, read.decision, read.version, read.origin.offset) == (None, None, None, 5)
+
+
+def test_a_score_that_is_no_number_is_read_as_none() -> None:
+    read = decode(encode([math.nan], np.zeros(WIDTH))[0])
+    assert (read.score, read.decision, read.version) == (None, "pass", "5f0c")
 
 
 def test_ids_may_be_text() -> None:

@@ -27,7 +27,8 @@ from tests.fixtures.models import GOLDEN, SHOP, card, graph, sigmoid
 )
 def test_other_features_are_refused_and_the_first_is_named(features: list[str], odd: str) -> None:
     with pytest.raises(
-        ModelError, match=rf"other features than the pipeline shop .*: {odd}\); train it again"
+        ModelError,
+        match=rf"(other features|the features in another order) than the pipeline shop .*: {odd}\); train it again",
     ):
         Model(graph(), card(features=features), SHOP)
 
@@ -51,6 +52,12 @@ def test_another_definition_is_refused() -> None:
 def test_a_graph_with_another_input_is_refused(changes: dict[str, Any], takes: str) -> None:
     with pytest.raises(Refused, match=f"takes {takes}, not one tensor of float32 with 3 columns") as refused:
         Model(graph(**changes), card(), SHOP)
+    assert refused.value.reason == "graph"
+
+
+def test_a_graph_that_gives_no_float32_is_refused() -> None:
+    with pytest.raises(Refused, match=r"gives tensor\(double\), not a tensor of float32") as refused:
+        Model(graph(gives=TensorProto.DOUBLE), card(), SHOP)
     assert refused.value.reason == "graph"
 
 

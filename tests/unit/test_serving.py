@@ -4,14 +4,17 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
 from app import model_life, serving
 from app.errors import RegistryError
 from app.model_life import ModelLife, NotPromoted
 from app.serving import Serving
+from models.canary import Canary
+from models.guard_rails import EVENTS, ROWS, Bounds
 from models.scoring import Card, Model, ModelError, Refused
-from tables.model_folder import CHAMPION, PREVIOUS, ModelFolder
+from tables.model_folder import CANARY, CHAMPION, PREVIOUS, ModelFolder
 from tests.fixtures.models import SHOP, card, graph, sigmoid
 
 FIRST = card().version
@@ -253,6 +256,212 @@ async def test_a_registry_that_is_away_stops_no_challenger(shadowed: World) -> N
     await shadowed.look()
     assert shadowed.serving.away is not None
     assert shadowed.versions == {CHAMPION: FIRST, "challenger-deep": "second"}
+
+
+# --- the canary ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def tried(world: World) -> World:
+    """A canary decides for a fifth of the entities."""
+    assert world.life.set_canary("second", 20) == "second"
+    await world.look()
+    return world
+
+
+def noted(world: World, version: str = "second") -> Canary:
+    found = world.folder.canary("shop", version)
+    assert found is not None
+    return found
+
+
+async def test_a_canary_comes_grows_and_goes(tried: World) -> None:
+    assert tried.versions == {CHAMPION: FIRST, CANARY: "second"}
+    assert (tried.serving.shares, tried.serving.taken_back) == ({CANARY: 20}, {})
+    assert tried.told[-1] == "shop: canary, second, decides for 20 % by buyer from now on"
+    model = tried.serving.models[CANARY]
+    tried.life.set_canary(CANARY, 50)  # by its alias
+    await tried.look()
+    assert (tried.serving.shares, tried.serving.models[CANARY] is model) == ({CANARY: 50}, True)
+    told = len(tried.told)
+    await tried.look()
+    assert len(tried.told) == told
+    with pytest.raises(NotPromoted, match="has no challenger challenger-x; it has canary"):
+        tried.life.withdraw("challenger-x")
+    assert tried.life.withdraw(CANARY) == "second"
+    await tried.look()
+    assert (tried.versions, tried.serving.shares) == ({CHAMPION: FIRST}, {})
+    assert tried.told[-1] == "shop: canary scores no more"
+
+
+async def test_another_canary_never_has_the_share_of_the_one_before(tried: World) -> None:
+    tried.save(second(version="third"), 2.0)
+    tried.life.set_canary("third", 7)
+    await tried.look()
+    assert (tried.versions[CANARY], tried.serving.shares) == ("third", {CANARY: 7})
+    # one that is refused leaves none
+    tried.save(second(version="bad", definition="f" * 16), 2.0)
+    with pytest.raises(Refused):
+        tried.life.set_canary("bad", 7)
+    tried.folder.note("shop", "bad", Canary(7, 1))
+    tried.folder.point("shop", CANARY, "bad")
+    await tried.look()
+    assert (tried.versions, tried.serving.shares) == ({CHAMPION: FIRST}, {})
+    assert tried.serving.refused[CANARY].reason == "definition"
+
+
+async def test_what_has_the_alias_alone_decides_nothing(world: World) -> None:
+    """As one can set it in MLflow's own pages; and so does the champion."""
+    world.folder.point("shop", CANARY, "second")
+    await world.look()
+    assert world.versions == {CHAMPION: FIRST}
+    for broken in (b"{", b"\xff"):
+        (world.folder.root / "shop" / "second" / "canary").write_bytes(broken)
+        await world.look()
+        assert (world.versions, world.serving.away) == ({CHAMPION: FIRST}, None)
+    world.folder.note("shop", FIRST, Canary(7, 1))
+    world.folder.point("shop", CANARY, FIRST)
+    await world.look()
+    assert world.versions == {CHAMPION: FIRST}
+    with pytest.raises(NotPromoted, match=f"version {FIRST} is the champion"):
+        world.life.set_canary(FIRST, 5)
+
+
+async def test_the_canary_that_is_promoted_is_none_any_more(tried: World) -> None:
+    tried.life.promote("second")
+    assert tried.life.aliases() == {CHAMPION: "second", PREVIOUS: FIRST}
+    await tried.look()
+    assert (tried.versions, tried.serving.shares) == ({CHAMPION: "second"}, {})
+
+
+async def test_two_aliases_of_a_version_have_one_graph(tried: World) -> None:
+    tried.life.promote("second", "challenger-deep")
+    await tried.look()
+    assert tried.serving.models["challenger-deep"] is tried.serving.models[CANARY]
+
+
+async def test_a_canary_that_fails_is_taken_back_and_the_registry_says_why(tried: World) -> None:
+    other = Serving(tried.life, 0.01, tried.told.append)
+    await other.look()
+    await other.look_at_challengers()
+    tried.serving.drop(CANARY, "second", RuntimeError("no such kernel\nand more"))
+    assert (tried.versions, tried.serving.shares) == ({CHAMPION: FIRST}, {})  # at once
+    sentence = "The canary second failed to score (no such kernel)."
+    assert tried.told[-1] == f"shop: {sentence} It is taken back, and decides nothing more."
+    await tried.look()
+    assert (noted(tried).rail, noted(tried).reason, noted(tried).share) == ("failed", sentence, 20)
+    # others follow, and say so; nobody sets it again
+    await other.look()
+    await other.look_at_challengers()
+    assert f"shop: {sentence} It was taken back by another process." in tried.told
+    for serving_ in (tried.serving, other):
+        await serving_.look()
+        await serving_.look_at_challengers()
+        assert (set(serving_.models), serving_.taken_back) == ({CHAMPION}, {"second": "failed"})
+    # but people may
+    tried.life.set_canary("second", 5)
+    await tried.look()
+    assert (tried.versions[CANARY], tried.serving.shares, tried.serving.taken_back) == (
+        "second",
+        {CANARY: 5},
+        {},
+    )
+
+
+async def test_what_the_registry_does_not_hear_is_told_it_later(
+    tried: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelFolder, "note", lambda *_: (_ for _ in ()).throw(RegistryError("away")))
+        tried.serving.drop(CANARY, "second", RuntimeError("no"))
+        patch.setattr(ModelLife, "load", lambda *_: pytest.fail("it is loaded again"))
+        for _ in range(3):
+            await tried.look()
+        assert (tried.versions, tried.serving.away) == ({CHAMPION: FIRST}, "away")
+        assert noted(tried).reason is None
+    await tried.look()
+    assert (tried.versions, noted(tried).rail) == ({CHAMPION: FIRST}, "failed")
+
+
+async def test_a_version_that_cannot_be_had_leaves_no_canary(
+    tried: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the one before would have its share."""
+    tried.save(second(version="third"), 2.0)
+    tried.life.set_canary("third", 90)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelLife, "load", lambda *_: (_ for _ in ()).throw(RegistryError("away")))
+        await tried.look()
+        assert (tried.versions, tried.serving.shares) == ({CHAMPION: FIRST}, {})
+    await tried.look()
+    assert (tried.versions[CANARY], tried.serving.shares) == ("third", {CANARY: 90})
+
+
+async def test_what_fails_while_its_alias_is_looked_at_is_not_set_again(
+    tried: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tried.serving.models[CANARY]
+
+    def found(alias: str, version: str) -> Any:
+        tried.serving.drop(CANARY, "second", RuntimeError("no"))
+        return model
+
+    monkeypatch.setattr(tried.serving, "_challenger", found)
+    await tried.serving.look_at_challengers()
+    assert (tried.versions, tried.serving.shares) == ({CHAMPION: FIRST}, {})
+
+
+async def test_what_is_told_late_does_not_end_what_people_have_set_since(
+    tried: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried.serving.drop(CANARY, "second", RuntimeError("no"))
+    tried.folder.note("shop", "second", Canary(9, noted(tried).since + 1))
+    await tried.look()
+    assert (tried.versions[CANARY], tried.serving.shares, noted(tried).reason) == (
+        "second",
+        {CANARY: 9},
+        None,
+    )
+
+
+def of_rows(value: float, n: int) -> Any:
+    return np.full((n, 3), value)
+
+
+async def test_a_slow_canary_is_taken_back(tried: World) -> None:
+    tried.serving._bounds = Bounds(row_us=1e-3)
+    tried.life.withdraw(CANARY)
+    await tried.look()
+    tried.life.set_canary("second", 20)
+    await tried.look()
+    tried.serving.models[CANARY].score_many(of_rows(0.5, ROWS - 1))
+    await tried.look()
+    assert CANARY in tried.versions  # too few to say
+    tried.serving.models[CANARY].score_many(of_rows(0.5, 1))
+    await tried.look()
+    assert (tried.versions, noted(tried).rail) == ({CHAMPION: FIRST}, "latency")
+    assert f"us for an event, over {ROWS:,} events, and 0.001 are allowed" in str(noted(tried).reason)
+
+
+async def test_a_canary_that_decides_otherwise_is_taken_back(tried: World) -> None:
+    champion, canary = tried.serving.models[CHAMPION], tried.serving.models[CANARY]
+    alike = np.linspace(0, 1, EVENTS).astype(np.float32)
+    for _ in range(3):
+        tried.serving.watch("second", alike, champion, alike)
+        await tried.look()
+        assert tried.serving.models[CANARY] is canary
+    bad = np.where(alike > 0.7, np.float32(np.nan), alike)
+    tried.serving.watch(
+        "before", bad, champion, alike
+    )  # of another that was the canary when they were asked for
+    await tried.look()
+    assert CANARY in tried.versions
+    tried.serving.watch("second", bad, champion, alike)
+    await tried.look()
+    assert (tried.versions, noted(tried).rail) == ({CHAMPION: FIRST}, "scores")
+    assert "has 'no number' for 30.00% of 2,000 events, of which the champion has it for 0.00%" in str(
+        noted(tried).reason
+    )
 
 
 def test_rollback_goes_to_the_champion_before_and_back(world: World) -> None:

@@ -74,6 +74,8 @@ def test_an_empty_value_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         ("kafka", "a:9092,b", "it should be HOST:PORT"),
         ("redis_url", "localhost:6379", "it should start with redis:// or rediss:// or unix://"),
         ("postgres_url", "mysql://db", "it should start with postgresql:// or postgres://"),
+        ("mlflow_store", "mysql", "it should be sqlite or postgres, or a URL of SQLAlchemy"),
+        ("without_model", "guess", "'wait', 'fold' or 'features'"),
         ("log_level", "loud", "'DEBUG', 'INFO', 'WARNING', 'ERROR' or 'CRITICAL'"),
     ],
 )
@@ -101,6 +103,7 @@ def test_values_that_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADRACE_KAFKA", "a.example:9092, b.example:9092")
     monkeypatch.setenv("HEADRACE_REDIS_URL", "rediss://:pw@cache/0")
     monkeypatch.setenv("HEADRACE_POSTGRES_URL", "postgres://u:pw@db/x")
+    monkeypatch.setenv("HEADRACE_MLFLOW_STORE", "mysql+pymysql://u:pw@db/x")
     monkeypatch.setenv("HEADRACE_LOG_LEVEL", "info")
     settings = Settings()
     assert settings.kafka == "a.example:9092, b.example:9092"

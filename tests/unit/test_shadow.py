@@ -48,11 +48,14 @@ class Other(simulation.Score):
         return np.float32(1) - super().score_many(vectors)
 
 
+Model: Any = simulation.Score
+
+
 def predicted(n: int = 2, stream: int = 0) -> Predicted:
     scores = np.array([0.25, np.nan][:n], np.float32)
     return Predicted(
         [7, -8][:n], np.full(n, stream), np.arange(n) + 1000, np.arange(n * WIDTH).reshape(n, WIDTH) / 4,
-        np.arange(n), np.arange(n) + 2**40, "1", scores,
+        np.arange(n), np.arange(n) + 2**40, Model(), scores,
     )  # fmt: skip
 
 
@@ -61,7 +64,7 @@ def predicted(n: int = 2, stream: int = 0) -> Predicted:
 
 def test_a_record_says_who_gave_which_score() -> None:
     theirs = {"challenger-x": ("2", np.array([0.5, 0.75], np.float32))}
-    first, second = ShadowEncoder(SHOP).encode(predicted(), theirs)
+    first, second = ShadowEncoder(SHOP).encode(predicted(), predicted().scores, theirs)
     assert json.loads(first) == {
         "id": 7, "event_time": 1000, "origin": {"partition": 0, "offset": 2**40}, "definition": SHOP.definition,
         "champion": {"version": "1", "score": 0.25}, "challengers": {"challenger-x": {"version": "2", "score": 0.5}},
@@ -75,7 +78,8 @@ def test_a_record_says_who_gave_which_score() -> None:
 def test_a_record_names_its_stream_where_there_are_several() -> None:
     routed = find("flight-network", PIPELINES)
     theirs = {"challenger-x": ("2", np.zeros(1, np.float32))}
-    (value,) = ShadowEncoder(routed).encode(predicted(1, stream=1), theirs)
+    events = predicted(1, stream=1)
+    (value,) = ShadowEncoder(routed).encode(events, events.scores, theirs)
     assert shadows.decode(value).stream == routed.streams[1].name
 
 
@@ -106,7 +110,11 @@ class Bench:
         self.models: dict[str, Any] = {"champion": simulation.Score(), "challenger-x": Other()}
         self.dropped: list[tuple[str, str, str]] = []
         self.outbox = self._outbox(self.predictions)
-        self.shadow = Shadow(SHOP, self.models, self.outbox, lambda: self._outbox(self.sent), self._drop)
+        self.watched: list[tuple[Any, ...]] = []
+        self.shadow = Shadow(
+            SHOP, self.models, self.outbox, lambda: self._outbox(self.sent), self._drop,
+            lambda *told: self.watched.append(told),
+        )  # fmt: skip
 
     def _outbox(self, producer: Any) -> Outbox:
         return Outbox(producer, lambda: 0, lambda error: None)
@@ -294,7 +302,8 @@ def test_a_crash_behind_the_predictions_leaves_some_without_a_shadow(
 
 def test_a_challenger_alone_does_not_let_the_last_log_be_read() -> None:
     serving: Any = SimpleNamespace(models={"challenger-x": Other()})
-    worker: Any = SimpleNamespace(pipeline=SHOP, in_step=None, serving=serving, routes={})
+    settings_ = SimpleNamespace(without_model="wait")
+    worker: Any = SimpleNamespace(pipeline=SHOP, in_step=None, serving=serving, settings=settings_, routes={})
     partitions = Partitions(worker, "")
     assert partitions.held_back == {SHOP.entities[-1].log}
     serving.models["champion"] = simulation.Score()

@@ -183,7 +183,10 @@ def test_what_is_routed_where(bank: Pipeline) -> None:
     outbox: Any = Outbox()
     rejected: list[Any] = []
     counts = dict.fromkeys((*bank.inputs, "bank.account.log", "bank.pair.log"), 4)
-    found = {r.topic: r for r in routes(bank, outbox, lambda *bad: rejected.append(bad), counts)}
+    found = {
+        r.topic: r
+        for r in routes(bank, outbox, lambda *bad: rejected.append(bad), counts, None, 0, lambda: 0)
+    }
     assert set(found) == set(bank.inputs)
     label = {"ID": 7, "AT": NOW, "ACCOUNT": 1, "FRAUD": 1, "KNOWN": NOW}
     sent = {

@@ -8,7 +8,7 @@ from sqlalchemy.dialects.postgresql import BIGINT, DOUBLE_PRECISION, JSON, JSONB
 
 revision, down_revision, branch_labels, depends_on = "0001", None, None, None
 
-SCHEMA = "headrace"
+SCHEMA = "ledger"  # not the name of a user, whose every table would come into it unasked
 INSTANT = TIMESTAMP(timezone=True)
 NAME = sa.Text(collation="C")
 
@@ -22,8 +22,8 @@ def upgrade() -> None:
         "predictions",
         _column("pipeline", NAME), _column("scored_at", INSTANT), _column("partition", sa.Integer),
         _column("offset", BIGINT), _column("event", BIGINT), _column("id", NAME), _column("stream", NAME, True),
-        _column("event_time", INSTANT), _column("score", DOUBLE_PRECISION), _column("decision", NAME),
-        _column("model", NAME), _column("version", NAME), _column("definition", NAME),
+        _column("event_time", INSTANT), _column("score", DOUBLE_PRECISION, True), _column("decision", NAME, True),
+        _column("model", NAME, True), _column("version", NAME, True), _column("definition", NAME),
         _column("late", sa.Boolean), _column("degraded", sa.Boolean), _column("keys", JSONB),
         _column("features", JSON, True),
         sa.PrimaryKeyConstraint("scored_at", "partition", "offset", "pipeline"),
@@ -34,7 +34,7 @@ def upgrade() -> None:
         "prediction_keys",
         _column("pipeline", NAME), _column("entity", NAME), _column("key", NAME), _column("event_time", INSTANT),
         _column("scored_at", INSTANT), _column("partition", sa.Integer), _column("offset", BIGINT),
-        _column("score", DOUBLE_PRECISION),
+        _column("score", DOUBLE_PRECISION, True),
         sa.PrimaryKeyConstraint("pipeline", "entity", "key", "event_time", "scored_at", "partition", "offset"),
         schema=SCHEMA, postgresql_partition_by="RANGE (scored_at)",
     )  # fmt: skip
@@ -56,22 +56,22 @@ def upgrade() -> None:
     )  # fmt: skip
     op.execute(
         """
-        CREATE VIEW headrace.outcomes AS
+        CREATE VIEW ledger.outcomes AS
         SELECT p.*, l.label, l.known_at, l.sent_at AS labelled_at, r.event IS NOT NULL AS reversed
-        FROM headrace.predictions p
+        FROM ledger.predictions p
         LEFT JOIN (
             SELECT DISTINCT ON (pipeline, event) pipeline, event, label, known_at, sent_at
-            FROM headrace.labels WHERE NOT reversed
+            FROM ledger.labels WHERE NOT reversed
             ORDER BY pipeline, event, sent_at DESC, "partition" DESC, "offset" DESC
         ) l ON l.pipeline = p.pipeline AND l.event = p.event
         LEFT JOIN (
-            SELECT DISTINCT pipeline, event FROM headrace.labels WHERE reversed
+            SELECT DISTINCT pipeline, event FROM ledger.labels WHERE reversed
         ) r ON r.pipeline = p.pipeline AND r.event = p.event
         """
     )
 
 
 def downgrade() -> None:
-    op.execute("DROP VIEW headrace.outcomes")
+    op.execute("DROP VIEW ledger.outcomes")
     for table in ("positions", "labels", "prediction_keys", "predictions"):
         op.drop_table(table, schema=SCHEMA)
