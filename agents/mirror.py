@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 
 from tables.mirror import AT_ONCE, Mark, MirrorWriter, RedisError
@@ -223,16 +224,7 @@ class MirrorAgent:
             if h.writable and not h.anew and h.mark is not None and (look or h.mark.position != h.position)
         }
         recalled = stage.recalled
-        batches = stage.touched(AT_ONCE, out)
-        batch = next(batches, None)
-        while (following := next(batches, None)) is not None:
-            assert batch is not None
-            try:
-                await self._store(stage, held, batch, {})
-            except BaseException:
-                stage.touch(following)
-                raise
-            batch = following
+        batch = await self._write_all_but_the_last(stage, held, out)
         if stage.recalled != recalled:
             moves = {}  # what came back into memory meanwhile may not have been written: say so next time
         if batch is not None or moves:
@@ -241,6 +233,31 @@ class MirrorAgent:
             await self._mirror.tell(stage.entity, self._counts[stage.entity.log])
             self._find_still(held)
         return not out and stage.recalled == recalled
+
+    async def _write_all_but_the_last(
+        self, stage: Profiles, held: Mapping[int, _Held], out: Container[int]
+    ) -> Touched | None:
+        """What has changed by now. Redis has one call to do while the next one is put together."""
+        ready: deque[Touched] = deque()
+        flight: asyncio.Task[None] | None = None
+        try:
+            for batch in stage.touched(AT_ONCE, out):
+                ready.append(batch)
+                if len(ready) > 1:
+                    if flight is not None:
+                        await flight
+                    flight = asyncio.create_task(self._store(stage, held, ready.popleft(), {}))
+                    await asyncio.sleep(0)
+            if flight is not None:
+                await flight
+        except BaseException:
+            if flight is not None:
+                flight.cancel()
+                await asyncio.gather(flight, return_exceptions=True)
+            for batch in ready:
+                stage.touch(batch)
+            raise
+        return ready.popleft() if ready else None
 
     async def _store(
         self, stage: Profiles, held: Mapping[int, _Held], batch: Touched, moves: Mapping[int, int]

@@ -37,11 +37,11 @@ def memory(settings: Settings, name: str, profiles: int, mib: int) -> dict[str, 
     folder = settings.data_root / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as few, TemporaryDirectory(dir=folder) as many:
-        small = _Run(pipeline, settings.partitions, Path(few), FEW, mib)
+        small = Run(pipeline, settings.partitions, Path(few), FEW, mib)
         asyncio.run(small.measure())
         small.close()
         before = _resident_mib()
-        large = _Run(pipeline, settings.partitions, Path(many), profiles, mib)
+        large = Run(pipeline, settings.partitions, Path(many), profiles, mib)
         asyncio.run(large.measure())
         after, stage = _resident_mib(), large.stage
         steps = np.array(large.steps_ms)
@@ -81,10 +81,14 @@ class _At:
     headers: tuple[tuple[str, bytes], ...] = ()
 
 
-class _Run:
-    """A stage, its flush, and events of so many entities: each once, then any at random."""
+class Run:
+    """A stage, its flush, and events of so many entities: each once, then any at random. apart_ms: in event time."""
 
-    def __init__(self, pipeline: Pipeline, partitions: int, folder: Path, entities: int, mib: int) -> None:
+    def __init__(
+        self, pipeline: Pipeline, partitions: int, folder: Path, entities: int, mib: int,
+        mirrored: bool = False, apart_ms: int = APART_MS,
+    ) -> None:  # fmt: skip
+        self._apart_ms = apart_ms
         self.steps_ms: list[tuple[float, float]] = []
         self.most, self.us_per_event = 0, 0.0
         self._random = np.random.default_rng(7)
@@ -99,7 +103,7 @@ class _Run:
         self.stage = Profiles(
             pipeline.entities[0], lambda values, keys, sent: (self._batch, np.arange(len(values)), []),
             lambda partition, at_most: Store(folder / str(partition), pipeline.definition), partitions,
-            pipeline.columns, mirrored=False,
+            pipeline.columns, mirrored=mirrored,
         )  # fmt: skip
         self.stage.warm()
         for partition in range(partitions):
@@ -116,15 +120,15 @@ class _Run:
         entities = len(self._keys)
         flushing = asyncio.create_task(_steps(self._flush.run(), self.steps_ms))
         for start in range(0, entities, POLL):
-            await self._fold(np.arange(start, min(start + POLL, entities)))
+            await self.fold(np.arange(start, min(start + POLL, entities)))
         spent = 0.0
         for _ in range(MEASURED // POLL):
-            spent += await self._fold(self._random.integers(0, entities, POLL))
+            spent += await self.fold(self._random.integers(0, entities, POLL))
         self.us_per_event = round(spent / MEASURED * 1e6, 2)
         flushing.cancel()
         await asyncio.gather(flushing, return_exceptions=True)
 
-    async def _fold(self, picks: Ints) -> float:
+    async def fold(self, picks: Ints) -> float:
         """One micro-batch. Returns its CPU seconds."""
         polled = self._poll(picks)
         began = time.process_time()
@@ -139,7 +143,7 @@ class _Run:
         picks = picks[np.argsort(self._homes[picks], kind="stable")]
         n, homes = len(picks), self._homes[picks]
         ids = np.arange(self._events, self._events + n)
-        times = BEGIN_MS + ids * APART_MS
+        times = BEGIN_MS + ids * self._apart_ms
         self._events += n
         self._batch = Batch(
             np.full(n, EVENT, np.int8), np.full(n, UNKNOWN, np.int8), times, ids, times,

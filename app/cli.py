@@ -16,6 +16,7 @@ from app.commands import (
     data,
     dlq,
     ledger,
+    mirror,
     models,
     pipelines,
     processes,
@@ -49,7 +50,7 @@ def main() -> None:
 for command in (
     services.up, services.down, services.status,
     pipelines.check, pipelines.schema, pipelines.topics, pipelines.features,
-    checkpoints.checkpoints, data.data, models.train, models.models,
+    checkpoints.checkpoints, mirror.mirror, data.data, models.train, models.models,
     processes.worker, processes.api, processes.quality, processes.start, processes.replay, ledger.ledger,
     answers.doctor, answers.explain, dlq.dlq,
     runs.demo, runs.chaos, bench.bench, token.token,

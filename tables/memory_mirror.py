@@ -60,8 +60,7 @@ class MemoryMirror:
                     {n: None if v != v else v for n, v in zip(entity.features, row, strict=True)},  # noqa: PLR0124
                     touched.profiles[i], self._readers[entity.name],
                 )  # fmt: skip
-                ends = life[i]
-                until = None if isinstance(ends, str) else self._clock() + ends
+                until = self._clock() + int(life[i]) if life[i] else None
                 self._kept[entity.name, touched.keys[i].decode()] = _Kept(mirrored, until)
         for partition in found.keys() - refused.keys():
             self._marks[entity.name, partition] = marks[partition].moved(reached.get(partition))

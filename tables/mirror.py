@@ -37,7 +37,7 @@ from models.compact import CompactReader
 from models.errors import HeadraceError
 from models.partitions import partitions_of
 from models.pipeline import Entity, Pipeline
-from models.windows import OP_OLDER
+from models.windows import OP_OLDER, Floats, Ints
 from tables.profiles import Touched
 from tables.redis_address import Client, RedisError, connect
 
@@ -168,17 +168,20 @@ def _forever(entity: Entity) -> bool:
     return bool((entity.plan.ops[:, OP_OLDER] == -1).any())
 
 
-def lives(entity: Entity, touched: Touched, now: int) -> list[int | str]:
-    """For how long, ms, each profile is worth keeping: '' for ever; what no window reaches has none, 0 or less.
+def lives(entity: Entity, touched: Touched, now: int) -> list[str]:
+    """For how long, ms, each profile is worth keeping: empty for ever; what no window reaches has none, 0 or less.
 
     That is until the last event + longest window + delay + lateness, on the log's own clock where that is
     behind the wall clock: what is replayed from years ago is as good as on its day.
     """
     if _forever(entity):
         return [""] * len(touched.keys)
-    until = touched.times + entity.retention
-    found: list[int | str] = (until - np.minimum(touched.clocks, now)).tolist()
-    return found
+    return _texts(touched.times + entity.retention - np.minimum(touched.clocks, now))
+
+
+def _texts(numbers: Ints | Floats) -> list[str]:
+    """The JSON of each; NaN is null."""
+    return msgspec.json.encode(numbers.tolist())[1:-1].decode().split(",")
 
 
 def runs(touched: Touched) -> Iterator[tuple[int, int, int]]:
@@ -190,25 +193,27 @@ def runs(touched: Touched) -> Iterator[tuple[int, int, int]]:
 
 
 # KEYS: the mark, then profiles. ARGV: definition, epoch and writes of the mark as it should be, the position
-# to set or '', number of features, their names, then for each profile its event time, its offset, until when it is
-# degraded, the compact profile, its life in ms, and its values. Arrays are filled, not made, for each profile.
+# to set or '', the features' names, and a MessagePack array that has for each profile its event time, its offset,
+# until when it is degraded, its life in ms, and its values as JSON, all as text: one argument costs both ends far less
+# than one for each of these would. Then the compact profiles. Arrays are filled, not made, for each profile.
 _STORE = """
 local call, keys, argv = redis.call, KEYS, ARGV
 local old = call('HMGET', keys[1], 'definition', 'epoch', 'position', 'writes')
 if old[1] ~= argv[1] or old[2] ~= argv[2] or old[4] ~= argv[3] then return old end
-local width = tonumber(argv[5])
+local names, values = cmsgpack.unpack(argv[5]), cmsgpack.unpack(argv[6])
 local fields = {'_definition', argv[1], '_time', 0, '_offset', 0, '_degraded_until', 0, '_profile', 0}
+local width, at = #names, 0
 for k = 1, width do
-  fields[9 + 2 * k] = argv[5 + k]
+  fields[9 + 2 * k] = names[k]
   fields[10 + 2 * k] = 0
 end
-local at, last = 5 + width, 10 + 2 * width
+local last = 10 + 2 * width
 for i = 2, #keys do
-  fields[4], fields[6], fields[8], fields[10] = argv[at + 1], argv[at + 2], argv[at + 3], argv[at + 4]
-  for k = 1, width do fields[10 + 2 * k] = argv[at + 5 + k] end
+  fields[4], fields[6], fields[8], fields[10] = values[at + 1], values[at + 2], values[at + 3], argv[i + 5]
+  for k = 1, width do fields[10 + 2 * k] = values[at + 4 + k] end
   call('HSET', keys[i], unpack(fields, 1, last))
-  if argv[at + 5] ~= '' then call('PEXPIRE', keys[i], argv[at + 5]) end
-  at = at + 5 + width
+  if values[at + 4] ~= '' then call('PEXPIRE', keys[i], values[at + 4]) end
+  at = at + 4 + width
 end
 call('HINCRBY', keys[1], 'writes', 1)
 if argv[4] ~= '' then call('HSET', keys[1], 'position', argv[4]) end
@@ -227,6 +232,7 @@ redis.call('HSET', KEYS[1], 'definition', ARGV[1], 'epoch', epoch, 'position', p
 return {ARGV[1], epoch, position, writes}
 """
 
+_NOTHING = msgspec.msgpack.encode([])
 _VALUES = msgspec.json.Decoder(list[float | None])
 _HEAD = ("_time", "_offset", "_definition", "_degraded_until", "_profile")
 
@@ -273,25 +279,28 @@ class Mirror:
         now: int,
     ) -> dict[int, Mark | None]:
         width = len(entity.features)
-        # One encoding for all values; JSON's shortest form reads back to the same bits.
-        texts = msgspec.json.encode(touched.features.ravel().tolist())[1:-1].split(b",") if width else []
-        times, offsets, until = (
-            column.tolist() for column in (touched.times, touched.offsets, touched.degraded_until)
-        )
+        # One encoding for all numbers of a kind; JSON's shortest form reads back to the same bits.
+        values = _texts(touched.features.ravel())
+        times, offsets, until = _texts(touched.times), _texts(touched.offsets), _texts(touched.degraded_until)
         life = lives(entity, touched, now)
+        names = msgspec.msgpack.encode(entity.features)
         keys, profiles = touched.keys, touched.profiles
         calls: dict[int, tuple[list[bytes], list[Any]]] = {}
+        for partition in reached:
+            calls[partition] = [self._mark(entity, partition)], [_NOTHING]
         for partition, begin, end in runs(touched):
-            prefix = self._mark(entity, partition) + b":"
-            arguments = self._head(entity, marks[partition], reached.get(partition))
+            mark = self._mark(entity, partition)
+            flat: list[str] = []
             for i in range(begin, end):
-                arguments += (
-                    times[i], offsets[i], until[i], profiles[i], life[i], *texts[i * width : (i + 1) * width],
-                )  # fmt: skip
-            calls[partition] = [prefix[:-1], *(prefix + key for key in keys[begin:end])], arguments
-        for partition in reached.keys() - calls.keys():
-            arguments = self._head(entity, marks[partition], reached[partition])
-            calls[partition] = [self._mark(entity, partition)], arguments
+                flat += (times[i], offsets[i], until[i], life[i])
+                flat += values[i * width : (i + 1) * width]
+            calls[partition] = (
+                [mark, *[b"%b:%b" % (mark, key) for key in keys[begin:end]]],
+                [msgspec.msgpack.encode(flat), *profiles[begin:end]],
+            )
+        for partition, (_, arguments) in calls.items():
+            known, to = marks[partition], reached.get(partition, "")
+            arguments[:0] = self._definition, known.epoch, known.writes, to, names
         refused: dict[int, Mark | None] = {}
         for partition, answer in zip(
             calls, await self._run(self._storing, list(calls.values())), strict=True
@@ -303,23 +312,18 @@ class Mirror:
                     refused[partition] = found
         return refused
 
-    def _head(self, entity: Entity, mark: Mark, reached: int | None) -> list[Any]:
-        features = entity.features
-        position = "" if reached is None else reached
-        return [self._definition, mark.epoch, mark.writes, position, len(features), *features]
-
     async def marks(self, entity: Entity, partitions: Sequence[int]) -> dict[int, Mark | None]:
         """The marks of these partitions."""
         pipe: Any = self._client.pipeline(transaction=False)
         for p in partitions:
-            pipe.hmget(self._mark(entity, p), *Mark._fields)
+            pipe.execute_command("HMGET", self._mark(entity, p), *Mark._fields)
         return dict(zip(partitions, map(_mark_of, await pipe.execute()), strict=True))
 
     async def forget(self, entity: Entity, partitions: Sequence[int]) -> None:
         """Remove marks: who holds these partitions writes all their profiles anew, over those that are there."""
         pipe: Any = self._client.pipeline(transaction=False)
         for p in partitions:
-            pipe.unlink(self._mark(entity, p))
+            pipe.execute_command("UNLINK", self._mark(entity, p))
         await pipe.execute()
 
     async def clear(self) -> None:
@@ -330,7 +334,7 @@ class Mirror:
                 if keys:
                     pipe: Any = self._client.pipeline(transaction=False)
                     for key in keys:
-                        pipe.unlink(key)
+                        pipe.execute_command("UNLINK", key)
                     await pipe.execute()
         self._partitions, self._learned = {}, -LEARN_S
 

@@ -102,6 +102,19 @@ def bench_fold(repeats: int, hot_seconds: int, as_json: bool) -> None:
     _bench_result(fold(common.settings(), repeats, hot_seconds), as_json)
 
 
+@bench.command("mirror", epilog="Example: headrace bench mirror --json")
+@click.option("--pipeline", "-p", "name", default="card-fraud", show_default=True, metavar="NAME")
+@click.option("--profiles", default=20_000, show_default=True, help="How many entities have a profile.")
+@click.option("--rows", default=57, show_default=True, help="Events of each that a profile remembers.")
+@click.option("--rounds", default=5, show_default=True, help="How often all of them are mirrored.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line.")
+def bench_mirror(name: str, profiles: int, rows: int, rounds: int, as_json: bool) -> None:
+    """The mirror alone: profiles a second, and CPU and memory of each, in a real Redis."""
+    from app.bench_mirror import mirror
+
+    _bench_result(mirror(common.settings(), name, profiles, rows, rounds), as_json)
+
+
 @bench.command("memory", epilog="Example: headrace bench memory --profiles 1000000 --mib 256 --json")
 @click.option("--pipeline", "-p", "name", default="card-fraud", show_default=True, metavar="NAME")
 @click.option("--profiles", default=1_000_000, show_default=True, help="How many entities have a profile.")

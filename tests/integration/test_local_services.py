@@ -311,7 +311,7 @@ def test_two_data_roots_at_once_get_ports_of_their_own(tmp_path: Path) -> None:
 def test_a_server_that_ends_at_once_is_told_and_leaves_nothing(
     data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(valkey, "_program", lambda: "/bin/false")
+    monkeypatch.setattr(valkey, "program", lambda: "/bin/false")
     with pytest.raises(ServiceFailed, match="Redis ended while it started"):
         services.up(own_settings(data_root), ["redis"])
     assert not (data_root / "redis/state.json").exists()

@@ -360,7 +360,8 @@ async def test_what_redis_has_lost_is_written_anew_also_of_profiles_that_are_on_
     await bench.mirror.clear()
     with monkeypatch.context() as patch:
         patch.setattr(mirror_agent, "REBUILD_S", 0.0)
-        await bench.begun()
+        await bench.begun()  # with those in memory
+        await bench.agent.once()
         assert 0 < await known(bench, *many) < len(many)
     await bench.settled()
     assert await bench.counts(1, 2, 3, *many) == [2, 2, 1, *[1] * len(many)]
