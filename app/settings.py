@@ -194,7 +194,7 @@ class Settings(BaseSettings):
     api_port: Port = Field(default=8080, description="Port that the query API listens on.")
     api_tokens: Path | None = Field(
         default=None,
-        description="File of the API's tokens, as `headrace token new` makes it. Without it the API asks for none.",
+        description="File of the API's tokens, as `headrace token new` makes it. Without it, or with off, the API asks for none.",
     )
     api_rate: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="Requests a second that a token may make; 0 for no bound."
@@ -331,8 +331,9 @@ class Settings(BaseSettings):
         from app.api.server import Limits
 
         origins = frozenset(o.strip() for o in (self.api_origins or "").split(",") if o.strip())
+        tokens = None if str(self.api_tokens).lower() in ("none", OFF) else self.api_tokens
         return Limits(
-            self.api_tokens,
+            tokens,
             self.api_rate,
             self.api_batch,
             self.api_body_kib * 1024,
