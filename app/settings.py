@@ -194,7 +194,8 @@ class Settings(BaseSettings):
     api_port: Port = Field(default=8080, description="Port that the query API listens on.")
     api_tokens: Path | None = Field(
         default=None,
-        description="File of the API's tokens, as `headrace token new` makes it. Without it, or with off, the API asks for none.",
+        description="File of the API's tokens, as `headrace token new` makes it. Without it, or with off, the API asks "
+        "for none.",
     )
     api_rate: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="Requests a second that a token may make; 0 for no bound."
