@@ -50,7 +50,7 @@ class _Held:
 
     @property
     def position(self) -> int:
-        return self.stage.positions[self.partition]
+        return self.stage.positions.get(self.partition, 0)  # it may be let go during a round
 
     @property
     def ahead(self) -> bool:
@@ -130,7 +130,8 @@ class MirrorAgent:
             try:
                 await self._once()
             except BaseException:
-                # What is still on its way is of an epoch that ends with the next claim.
+                # What is still on its way is of an epoch that ends with the next claim, and what was done though
+                # no answer came is not taken for the next call.
                 for held in self._held.values():
                     held.mark = None
                 raise
@@ -181,7 +182,7 @@ class MirrorAgent:
         }
         if not to_claim:
             return
-        self._now_ms()
+        self._now_ms()  # one that stood still for long does not come back from here
         taken = await self._mirror.claim(stage.entity, list(to_claim), self._counts[stage.entity.log])
         for partition, held in to_claim.items():
             held.mark = mark = taken[partition]
@@ -317,7 +318,6 @@ class MirrorAgent:
                 held.behind = behind
             elif stage.recalled == recalled:
                 held.known = 0  # another log's mark moves down, too
-                held.anew = False
                 await self._store(stage, {held.partition: held}, stage.nothing, {held.partition: reached})
                 held.anew = held.mark is None
             if time.monotonic() >= until:

@@ -129,6 +129,10 @@ class Settings(BaseSettings):
         description="URL of Redis or Valkey, the mirror for readers: one server, a cluster or sentinels. Without it, "
         "that of `headrace up`.",
     )
+    mirror_every_s: Annotated[float, Field(ge=0.005, le=60)] = Field(
+        default=0.05,
+        description="Seconds between two writes of the mirror at least; under load it takes a twentieth of the worker.",
+    )
     postgres_url: Annotated[str, _url("postgresql", "postgres")] | None = Field(
         default=None,
         repr=False,
@@ -172,10 +176,6 @@ class Settings(BaseSettings):
     )
     checkpoint_every_s: Annotated[float, Field(ge=1)] = Field(
         default=60.0, description="Seconds between two checkpoints of a partition whose store has moved."
-    )
-    mirror_every_s: Annotated[float, Field(ge=0.005, le=60)] = Field(
-        default=0.05,
-        description="Seconds between two writes of the mirror at least; under load it takes a twentieth of the worker.",
     )
     kafka_port: Port = Field(
         default=9092, description="Port that `headrace up` prefers for Kafka; when taken, the next free one."

@@ -661,6 +661,9 @@ class Profiles:
         for at in range(0, len(waiting), most):
             slots = waiting[at : at + most]
             slots = slots[self._stale[slots]]  # the others were evicted, or let go
+            slots = slots[
+                np.argsort(self._partition[slots], kind="stable")
+            ]  # and a slot may be another's by now
             if without:
                 slots = slots[[p not in without for p in self._partition[slots].tolist()]]
             if len(slots):

@@ -37,12 +37,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def server(home: Path, *options: str, conf: str = "") -> Iterator[int]:
-    """A server of its own. Returns its port. conf: the text of its file of settings."""
-    home.mkdir()
+def server(home: Path, *options: str, conf: str = "", port: int | None = None) -> Iterator[int]:
+    """A server of its own, which is killed in the end. Returns its port. conf: the text of its file of settings."""
+    home.mkdir(exist_ok=True)
     file = home / "server.conf"
     file.write_text(conf)
-    port = free_port()
+    port = port or free_port()
     process = subprocess.Popen(
         [
             valkey.program(),
@@ -62,13 +62,13 @@ def server(home: Path, *options: str, conf: str = "") -> Iterator[int]:
     try:
         yield port
     finally:
-        process.terminate()
+        process.kill()
         process.wait(10)
 
 
 async def eventually(done: Callable[[], Any]) -> Any:
     """What `done` gives once it neither raises nor is false."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             with contextlib.suppress(RedisError, OSError):
                 if found := await done():
@@ -196,16 +196,22 @@ async def test_sentinels_name_the_master_also_after_it_was_lost(tmp_path: Path) 
     with contextlib.ExitStack() as stack:
         one = stack.enter_context(server(tmp_path / "one"))
         two = stack.enter_context(server(tmp_path / "two", "--replicaof", f"127.0.0.1 {one}"))
-        watched = f"sentinel monitor mirror 127.0.0.1 {one} 1\nsentinel down-after-milliseconds mirror 500\n"
+        watched = (
+            f"sentinel monitor mirror 127.0.0.1 {one} 1\nsentinel down-after-milliseconds mirror 500\n"
+            "sentinel failover-timeout mirror 5000\n"
+        )
         port = stack.enter_context(server(tmp_path / "sentinel", "--sentinel", conf=watched))
         url = f"redis+sentinel://127.0.0.1:{port}/mirror/0"
         first: Any = connect(f"redis://127.0.0.1:{one}/0")
         second: Any = connect(f"redis://127.0.0.1:{two}/0")
+        watching: Any = connect(f"redis://127.0.0.1:{port}/0")
         try:
             await works(url)
 
             async def copied() -> bool:
-                return str((await second.info("replication"))["master_link_status"]) == "up"
+                """And the sentinel, which asks every ten seconds, knows of the copy."""
+                knows = await watching.execute_command("SENTINEL", "REPLICAS", "mirror")
+                return bool(knows) and str((await second.info("replication"))["master_link_status"]) == "up"
 
             await eventually(copied)
             mirror = Mirror(connect(url), pipeline())
@@ -228,6 +234,7 @@ async def test_sentinels_name_the_master_also_after_it_was_lost(tmp_path: Path) 
         finally:
             await first.aclose()
             await second.aclose()
+            await watching.aclose()
 
 
 @pytest.mark.parametrize(

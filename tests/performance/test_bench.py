@@ -32,6 +32,13 @@ def test_throughput_of_a_backlog(trained: Settings) -> None:
 
 
 @pytest.mark.timeout(300)
+def test_the_mirror_alone(world: Settings) -> None:
+    result = bench("mirror", "--profiles", "2000", "--rows", "5", "--rounds", "2")
+    assert min(result["profiles_per_s"], result["worker_us_per_profile"], result["read_us_per_profile"]) > 0
+    assert result["bytes_per_profile"] > result["compact_bytes_per_profile"] > 5 * 8
+
+
+@pytest.mark.timeout(300)
 def test_latency_under_an_open_load(trained: Settings) -> None:
     result = bench("latency", "--rate", "500", "--seconds", "4")
     assert result["missing"] == 0
