@@ -21,7 +21,8 @@ from models.errors import HeadraceError
 
 EVENT_RATE = 2000.0  # events a second while freshness is measured
 FRESH_S = 15.0
-SAMPLE_S, POLL_S = 0.05, 0.004  # an event is followed that often, and asked for that often
+SAMPLE_S, POLL_S = 0.05, 0.005  # an event is followed that often, and asked for that often
+FOLLOWED = 3  # events at a time, so that asking is no load of its own
 SEEN_S = 5.0  # what does not show by then counts as that
 BATCH, BATCH_RATE, BATCH_S = 100, 20.0, 10.0
 CONNECTIONS = 32
@@ -111,7 +112,7 @@ async def _freshness(load: Load, client: Client) -> tuple[list[float], list[str]
     while not sending.done():
         await asyncio.sleep(SAMPLE_S)
         sent = int(np.count_nonzero(due))
-        if time.monotonic() - began > WARM_UP_S and sent > last:
+        if time.monotonic() - began > WARM_UP_S and sent > last and len(following) < FOLLOWED:
             last = sent
             task = asyncio.create_task(follow(sent - 1))
             following.add(task)
