@@ -22,6 +22,7 @@ from app.commands import (
     processes,
     runs,
     services,
+    token,
 )
 from models.errors import HeadraceError
 
@@ -52,7 +53,7 @@ for command in (
     checkpoints.checkpoints, mirror.mirror, data.data, models.train, models.models,
     processes.worker, processes.api, processes.quality, processes.start, processes.replay, ledger.ledger,
     answers.doctor, answers.explain, dlq.dlq,
-    runs.demo, runs.chaos, bench.bench,
+    runs.demo, runs.chaos, bench.bench, token.token,
 ):  # fmt: skip
     main.add_command(command)
 

@@ -258,7 +258,7 @@ def _show(summary: Summary, pipeline: Pipeline, addresses: services.Addresses, a
     example = {"dest": "LAX", "terminal": "7", "carrier": "UA"}.get(entity.name, "ID")
     console.print("\nTo try:", style="bold")
     for line in (
-        f"curl {api}/v1/features/{entity.name}/{example}",
+        f"curl '{api}/v1/features/{entity.name}/{example}?at=newest'",
         f"curl {worker}/metrics",
         f"Kafka {addresses.kafka}: predictions in {pipeline.predictions}, events into {pipeline.stream.topic}",
     ):

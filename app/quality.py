@@ -23,7 +23,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from app import kafka
-from app.api.server import pages, serve
+from app.api.pages import pages
+from app.api.server import serve
 from app.comparison import LABELS
 from app.errors import RegistryError
 from app.model_life import ModelLife

@@ -53,6 +53,11 @@ class Serving:
         self.away: str | None = None
 
     @property
+    def life(self) -> ModelLife:
+        """The versions that it chooses among."""
+        return self._life
+
+    @property
     def shown(self) -> str:
         """The model that scores, in two words."""
         return f"model {self.models[CHAMPION].card.version}" if CHAMPION in self.models else "no model"

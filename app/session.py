@@ -117,7 +117,11 @@ class Process:
             "--port", str(self.port),
         ]  # fmt: skip
         self._environment = (
-            os.environ | as_variables(settings) | {"HEADRACE_API_HOST": "127.0.0.1"} | environment
+            os.environ
+            | as_variables(settings)
+            # a run asks its processes, which nobody else reaches
+            | {"HEADRACE_API_HOST": "127.0.0.1", "HEADRACE_API_TOKENS": OFF}
+            | environment
         )
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -5,7 +5,7 @@ the default. The two files are looked up in the current directory.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
@@ -19,6 +19,9 @@ from pydantic_settings import (
 
 from app.errors import SettingsError
 from models.guard_rails import Bounds
+
+if TYPE_CHECKING:
+    from app.api.server import Limits
 
 PREFIX = "HEADRACE_"
 YAML_FILE = "configs/settings.yaml"
@@ -189,6 +192,25 @@ class Settings(BaseSettings):
     )
     api_host: str = Field(default="127.0.0.1", description="Address that the query API listens on.")
     api_port: Port = Field(default=8080, description="Port that the query API listens on.")
+    api_tokens: Path | None = Field(
+        default=None,
+        description="File of the API's tokens, as `headrace token new` makes it. Without it, or with off, the API asks "
+        "for none.",
+    )
+    api_rate: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Requests a second that a token may make; 0 for no bound."
+    )
+    api_batch: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=500, description="Entities, or events, of one request to the API at most."
+    )
+    api_body_kib: Count = Field(default=1024, description="KiB that the body of a request may have.")
+    api_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=10.0, description="Seconds until a request to the API is given up."
+    )
+    api_origins: str | None = Field(
+        default=None,
+        description="Origins of web pages that may ask the API (CORS), with commas between; none by default.",
+    )
     worker_port: Port = Field(
         default=8081, description="Port of a worker's own pages: health, readiness, metrics."
     )
@@ -303,6 +325,22 @@ class Settings(BaseSettings):
         if self.checkpoints is None:
             return str(self.data_root / "checkpoints")
         return None if self.checkpoints.lower() == OFF else self.checkpoints
+
+    @property
+    def api_limits(self) -> "Limits":
+        """What the API asks of requests."""
+        from app.api.server import Limits
+
+        origins = frozenset(o.strip() for o in (self.api_origins or "").split(",") if o.strip())
+        tokens = None if str(self.api_tokens).lower() in ("none", OFF) else self.api_tokens
+        return Limits(
+            tokens,
+            self.api_rate,
+            self.api_batch,
+            self.api_body_kib * 1024,
+            self.api_timeout_s,
+            origins,
+        )
 
     @classmethod
     def settings_customise_sources(

@@ -33,7 +33,8 @@ from agents.score import Score
 from agents.shadow import Shadow
 from agents.stage import Stage
 from app import checkpoints, faust_batches, kafka, metrics
-from app.api.server import create_api, serve
+from app.api.features import Held
+from app.api.server import Backends, create_api, open_to_all, serve
 from app.control import Control
 from app.local.services import Addresses
 from app.membership import HEARTBEAT_S, NEVER_S, REBALANCE_S, Membership, Watchdog
@@ -315,6 +316,7 @@ class Worker:
             else None
         )
         self._ledger: Any = None
+        self._postgres_url = addresses.get("postgres")
         self.events: KnowsEvents | None = self._look_ups(addresses) if asks(pipeline) else None
         # Made when the loop runs, by `start`.
         self.producer: Producer
@@ -393,7 +395,14 @@ class Worker:
                 self._background(route.run())
         if self.checkpoint is not None:
             self._background(self.checkpoint.run())
-        api = create_api(pipeline, self._mirror, metrics.registry(self), self._ready, remark=self._remark)
+        backends = Backends(
+            pipeline, self._mirror, Held(self.stages, self._counts), self.address, self._postgres_url,
+            self.serving.life, explains=False,
+        )  # fmt: skip
+        limits = self.settings.api_limits
+        if (warning := open_to_all(limits, self.settings.api_host)) is not None:
+            say(warning)
+        api = create_api(backends, metrics.registry(self), self._ready, limits, remark=self._remark)
         self._web = await serve(api, self.settings.api_host, self._port)
         # What exists now lives as long as the process: no collection need look at it again.
         gc.collect()

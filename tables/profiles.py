@@ -139,6 +139,20 @@ class Touched:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Looked:
+    """A profile read at a time. newest: its newest event, ms; time: at which it was read; offset: of its last record.
+
+    degraded: what retention has cut is missing at that time. features: NaN where one has no value.
+    """
+
+    newest: int
+    time: int
+    offset: int
+    degraded: bool
+    features: list[float]
+
+
 class Profiles:
     """partitions: of the log, or of its writers' topics where those have more. columns: the fields of the
     numeric block. targets: partitions of the next entity's log. writers: of the log, for each partition.
@@ -503,6 +517,59 @@ class Profiles:
             f"publish it with the record key {name.decode()}"
         )
         return int(log), record, Reason("wrong-key", error)
+
+    # --- look-ups ------------------------------------------------------------------------------
+
+    def holds(self, partition: int) -> bool:
+        """Whether this is where the partition is folded."""
+        return partition in self._positions
+
+    def look(self, keys: Sequence[bytes], partitions: Sequence[int], time: int | None) -> list[Looked | None]:
+        """Read profiles at a time, or each as of its newest event; None where there is none, or no event in it.
+
+        keys: as text; partitions: where each belongs, all held.
+        """
+        found: list[Looked | None] = [None] * len(keys)
+        slots, passing, offsets, places = [], [], [], []
+        for i, (key, partition) in enumerate(zip(keys, partitions, strict=True)):
+            slot = self._slot_of(key)
+            if slot is None:
+                packed = self._stores[partition].get(key)
+                if packed is None:
+                    continue
+                slot = self._arena.unpack(packed)
+                passing.append(slot)
+                # its own is not stored; it is no later than this
+                offset = (self._stores[partition].position or 0) - 1
+            else:
+                offset = int(self._offset[slot])
+            slots.append(slot)
+            offsets.append(offset)
+            places.append(i)
+        wanted = np.array(slots, np.int64)
+        newest = self._arena.newest(wanted)
+        times = newest if time is None else np.full(len(wanted), time, np.int64)
+        features = self._arena.read_at(wanted, times).tolist()
+        until = self._degraded_until[[partitions[i] for i in places]]
+        for n, i in enumerate(places):
+            if newest[n] != NULL:  # else nothing but labels that wait for their events
+                found[i] = Looked(
+                    int(newest[n]), int(times[n]), offsets[n], bool(times[n] < until[n]), features[n]
+                )
+        self._arena.free(np.array(passing, np.int64))
+        return found
+
+    def _slot_of(self, key: bytes) -> int | None:
+        """The slot of a key in memory. Streams' own logs have it as the field is, others as text."""
+        text = key.decode(errors="replace")
+        forms: list[Any] = [key, text]
+        if len(text) < 20 and text.isascii() and text.removeprefix("-").isdigit():
+            forms.append(int(text))
+        for form in forms:
+            slot = self._slots.get(form)
+            if slot is not None and key_bytes(form) == key:
+                return slot
+        return None
 
     # --- what others take ----------------------------------------------------------------------
 

@@ -133,3 +133,15 @@ def bench_ledger(name: str, rows: int, as_json: bool) -> None:
     from app.bench_ledger import ledger
 
     _bench_result(ledger(common.settings(), name, rows), as_json)
+
+
+@bench.command("lookup", epilog="Example: headrace bench lookup --rate 1000 --json")
+@click.option("--pipeline", "-p", "name", default="card-fraud", show_default=True, metavar="NAME")
+@click.option("--rate", default=1000.0, show_default=True, help="Look-ups a second, whatever comes back.")
+@click.option("--seconds", default=20.0, show_default=True, help="How long, for look-ups of one entity.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line.")
+def bench_lookup(name: str, rate: float, seconds: float, as_json: bool) -> None:
+    """Look-ups over HTTP from one API process: of one entity, of a hundred at once, and how fresh they are."""
+    from app.bench_lookup import lookup
+
+    _bench_result(lookup(common.settings(), name, rate, seconds), as_json)

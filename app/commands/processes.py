@@ -46,12 +46,23 @@ def worker(name: str, alias: str | None, port: int | None) -> None:
 @click.option("--port", type=int, help="HEADRACE_API_PORT by default.")
 def api(name: str, alias: str | None, port: int | None) -> None:
     """Answer look-ups over HTTP."""
-    from app.api.process import run
+    import logging
+
+    from app import model_life
+    from app.api.process import Services, run
     from app.local import services
 
     settings = common.settings()
+    logging.basicConfig(level=settings.log_level, format="%(name)s: %(message)s")
     pipeline = common.find(settings, name, alias)
-    run(pipeline, services.addresses(settings).redis_url, settings.api_host, port or settings.api_port)
+    addresses = services.addresses(settings)
+    found = Services(
+        addresses.redis_url,
+        addresses.get("kafka"),
+        addresses.get("postgres"),
+        model_life.of(settings, addresses, pipeline),
+    )
+    run(pipeline, found, settings.api_limits, settings.api_host, port or settings.api_port)
 
 
 @click.command(epilog="Example: headrace quality --pipeline card-fraud & curl localhost:8089/metrics")

@@ -67,3 +67,11 @@ def test_latency_around_swaps(trained: Settings) -> None:
         assert 0 < result[f"{part}_p50_ms"] <= result[f"{part}_p99_ms"] <= result[f"{part}_max_ms"]
     assert result["p99_ratio"] > 0
     assert 0 < result["all_changed_median_s"] <= result["all_changed_most_s"]
+
+
+@pytest.mark.timeout(300)
+def test_look_ups(trained: Settings) -> None:
+    result = bench("lookup", "--rate", "200", "--seconds", "3")
+    assert result["rate"] > 0
+    for part in ("", "batch_", "freshness_"):
+        assert 0 < result[f"{part}p50_ms"] <= result[f"{part}p99_ms"]

@@ -14,7 +14,10 @@ from faust.types import TP
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
-from app.api.server import Features, Problem, create_api
+from app.api.problems import KINDS as KINDS_OF_PROBLEMS
+from app.api.problems import Problem
+from app.api.schemas import Features
+from app.api.server import Backends, create_api
 from app.cli import main
 from app.explain import Explanation, Place, Served
 from app.kafka import wanted_topics
@@ -143,7 +146,7 @@ def api_metrics() -> dict[str, set[str]]:
     """Names and labels of the API's metrics, as they are declared."""
     registry = CollectorRegistry()
     pipeline = find("card-fraud", PIPELINES)
-    create_api(pipeline, Mirror(connect("redis://localhost"), pipeline), registry, _ready)
+    create_api(Backends(pipeline, Mirror(connect("redis://localhost"), pipeline)), registry, _ready)
     return {
         f"{metric._name}_total" if metric._type == "counter" else metric._name: set(metric._labelnames)
         for metric in registry._collector_to_names
@@ -182,10 +185,17 @@ def test_every_metric() -> None:
 
 def test_every_route() -> None:
     pipeline = find("card-fraud", PIPELINES)
-    api = create_api(pipeline, Mirror(connect("redis://localhost"), pipeline), CollectorRegistry(), _ready)
-    for resource in api.router.resources():
-        path = re.sub(r":[^}]+", "", resource.canonical)
-        assert f"GET {path}`" in page("api.md"), path
+    api = create_api(
+        Backends(pipeline, Mirror(connect("redis://localhost"), pipeline)), CollectorRegistry(), _ready
+    )
+    text = page("api.md")
+    for route in api.router.routes():
+        if route.method == "HEAD" or route.resource is None:
+            continue
+        path = re.sub(r":[^}]+", "", route.resource.canonical)
+        assert f"| `{route.method} {path}` |" in text, path
+    for status in {status for status, _ in KINDS_OF_PROBLEMS.values()} - {500}:
+        assert re.search(rf"^\| [0-9, ]*\b{status}\b", text, re.MULTILINE), status
 
 
 def test_every_topic() -> None:
