@@ -612,8 +612,8 @@ def create_worker(worker: Worker) -> App:
         await asyncio.wait_for(worker.stop(), STOP_S)
         late.cancel()
         # All is flushed and let go. What hangs behind this, a client that waits for its coordinator perhaps, must not
-        # keep the process.
-        _exit_after(LEAVE_S, 0)
+        # keep the process, nor hide that it failed.
+        _exit_after(LEAVE_S, 1 if app.crashed else 0)
 
     app.on_partitions_revoked.connect(revoked, weak=False)
     app.on_before_shutdown.connect(stopping, weak=False)
