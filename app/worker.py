@@ -94,9 +94,15 @@ class Partitions:
         """The log that nobody can score yet, for what was folded passes unscored; and what waits for the ledger."""
         worker = self._worker
         full = {topic for topic, route in worker.routes.items() if isinstance(route, Asking) and route.full}
-        if worker.settings.without_model == "wait" and CHAMPION not in worker.serving.models:
+        if self.unscored:
             full.add(worker.pipeline.entities[-1].log)
         return frozenset(full)
+
+    @property
+    def unscored(self) -> bool:
+        """Whether events wait for a model."""
+        worker = self._worker
+        return worker.settings.without_model == "wait" and CHAMPION not in worker.serving.models
 
     async def take(
         self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer
@@ -420,7 +426,7 @@ class Worker:
         )  # fmt: skip
         found = routes(
             pipeline, self.outbox, self._reject_record, self._counts, self.events,
-            round(self.settings.label_wait_s * 1000), self._now_ms,
+            round(self.settings.label_wait_s * 1000), self._now_ms, lambda: self.partitions.unscored,
         )  # fmt: skip
         self.routes = {route.topic: route for route in found}
         self.flush = Flush(
