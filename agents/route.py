@@ -163,15 +163,17 @@ class Asking(Route):
 
     `handle` only queues, and `run` sends on: nobody waits for it but who is behind in the same partition. What
     the ledger does not know is asked for again, until it holds all that was predicted up to `wait_ms` after the
-    record came; then it is a dead letter. clock: ms.
+    record came; then it is a dead letter. Time in which nothing is predicted does not count. clock: ms.
     """
 
     def __init__(
         self, topic: str, taken: Said, outbox: Outbox, reject: RejectRecord, partitions: dict[str, int],
-        ledger: KnowsEvents, wait_ms: int, clock: Callable[[], int],
+        ledger: KnowsEvents, wait_ms: int, clock: Callable[[], int], idle: Callable[[], bool],
     ) -> None:  # fmt: skip
+        """idle: whether nothing is predicted now."""
         super().__init__(topic, taken, outbox, reject, partitions)
         self._decoder, self._ledger, self._wait_ms, self._clock = taken.decoder, ledger, wait_ms, clock
+        self._idle, self._predicted_since = idle, 0  # ms
         self._queues: dict[int, list[_Waiting]] = {}
         self._news = asyncio.Event()
         self.unknown = 0
@@ -222,6 +224,8 @@ class Asking(Route):
         first = {p: queue[: AT_ONCE // len(queues)] for p, queue in queues.items() if queue}
         if not first:
             return False
+        if self._idle():
+            self._predicted_since = self._clock()
         # 1. what is known of all that lacks something, in one query
         whole_at = await self._ask(
             [w for waiting in first.values() for w in waiting if w.lack and not w.known]
@@ -269,7 +273,8 @@ class Asking(Route):
         """Whether it lacks nothing, or what it lacks will not be found any more."""
         if waiting.lack is None or waiting.known is not None:
             return True
-        return whole_at is not None and whole_at >= waiting.came + self._wait_ms
+        since = max(waiting.came, self._predicted_since)
+        return whole_at is not None and whole_at >= since + self._wait_ms
 
 
 class Events:
@@ -325,11 +330,12 @@ class Said:
 
 def routes(
     pipeline: Pipeline, outbox: Outbox, reject: RejectRecord, partitions: dict[str, int],
-    ledger: KnowsEvents | None, wait_ms: int, clock: Callable[[], int],
+    ledger: KnowsEvents | None, wait_ms: int, clock: Callable[[], int], idle: Callable[[], bool],
 ) -> list[Route]:  # fmt: skip
     """The routers that a pipeline needs, one for each topic.
 
-    ledger: asked, again and again for up to `wait_ms`, where the pipeline says so. clock: ms.
+    ledger: asked, again and again for up to `wait_ms`, where the pipeline says so. clock: ms. idle: whether
+    nothing is predicted now.
     """
     found = [
         Route(stream.topic, Events(pipeline, stream), outbox, reject, partitions)
@@ -341,7 +347,7 @@ def routes(
         taken = Said(pipeline, said)
         if said.looked_up:
             assert ledger is not None
-            found.append(Asking(said.topic, taken, outbox, reject, partitions, ledger, wait_ms, clock))
+            found.append(Asking(said.topic, taken, outbox, reject, partitions, ledger, wait_ms, clock, idle))
         else:
             found.append(Route(said.topic, taken, outbox, reject, partitions))
     return found

@@ -61,11 +61,17 @@ class Stage:
             return
         # what is gone may have been for any partition: tell each, behind what went before it
         place = np.arange(len(on))
-        for start, end in pairwise([0, *lost, len(on)]):
-            if start in lost:
-                value = self._codec.encode_lost(0, int(applied.logs[start]), int(applied.offsets[start]))
-                self._outbox.put_everywhere(self._next, self._partitions, value)
+        self._hand_on(applied, on & (place < lost[0]))
+        for start, end in pairwise([*lost, len(on)]):
+            self._tell_lost(int(applied.logs[start]), int(applied.offsets[start]))
             self._hand_on(applied, on & (start <= place) & (place < end))
+
+    def _tell_lost(self, log: int, offset: int) -> None:
+        """It has a predecessor, too: what a broker has lost before it is noticed, and not passed over."""
+        targets = np.arange(self._partitions)
+        before = self._profiles.chain(np.full_like(targets, log), targets, np.full_like(targets, offset))
+        values = [self._codec.encode_lost(0, log, offset, previous) for previous in before.tolist()]
+        self._outbox.put_many(self._next, targets.tolist(), [None] * len(values), values)
 
     def _hand_on(self, applied: Applied, on: Mask) -> None:
         if not on.any():

@@ -100,6 +100,8 @@ class Ledger:
         self._places: dict[tuple[str, int], Place] = {}
         self._epoch = 0  # raised whenever partitions change hands, or places must be read anew
         self._placed = -1  # the epoch of the places
+        # Of predictions that were not read up to there yet: where they ended, and before when that was asked (ms).
+        self._ends: dict[TopicPartition, tuple[int, int]] = {}
         self._due = {"commit": 0.0, "keep": 0.0, "whole": 0.0}
         self.rows = 0
         self.away: str | None = None
@@ -146,13 +148,18 @@ class Ledger:
         writing: asyncio.Task[None] | None = None
         try:
             while not stop.is_set():
-                if self._is_due("keep", KEEP_S):
+                keep = self._is_due("keep", KEEP_S)
+                if writing is not None and (keep or not self.holds):
+                    await writing  # they share a connection
+                if keep:
                     await self._keep()
                 if not self.holds and not await self._take_over(stop):
                     continue
                 # 1. read on while the last batch is written
                 epoch = self._epoch
                 found = await self._consumer.getmany(timeout_ms=POLL_S * 1000, max_records=POLL_RECORDS)
+                if self._is_due("whole", WHOLE_S):
+                    await self._look_at_ends()
                 if writing is not None:
                     await writing
                 if epoch != self._epoch:
@@ -186,11 +193,12 @@ class Ledger:
             return False
         try:
             first = await self._consumer.beginning_offsets(tps)
-            ends = await self._consumer.end_offsets(tps)
             starts = {(tp.topic, tp.partition): first[tp] for tp in tps}
             places = await self._until(lambda: self._writer.places(starts, starts), stop)
             if places is None:
                 return False
+            # asked behind the places, which an older owner may have moved until then
+            ends = await self._consumer.end_offsets(tps)
             for tp in tps:
                 await self._consumer.position(tp)  # else the client's own look-up may come behind our seek
         except (IllegalStateError, KafkaError):
@@ -248,20 +256,23 @@ class Ledger:
                 return None
             pause = min(pause * 2, longest)
 
+    async def _look_at_ends(self) -> None:
+        """Where predictions end. What a fetch says of it may be as old as this process stood still."""
+        ours = [tp for tp in self._consumer.assignment() if tp.topic == self._pipeline.predictions]
+        asked = self._now_ms
+        with contextlib.suppress(KafkaError):  # away, or another's by now
+            ends = await self._consumer.end_offsets([tp for tp in ours if tp not in self._ends])
+            self._ends |= {tp: (end, asked) for tp, end in ends.items()}
+
     async def _note_whole(self, rows: Rows) -> None:
-        """Say up to when the ledger has all predictions, of partitions that were read to their end."""
-        due = self._is_due("whole", WHOLE_S)
-        for tp in self._consumer.assignment():
-            place = self._places.get((tp.topic, tp.partition))
-            move = rows.moves.get((tp.topic, tp.partition))
-            if tp.topic != self._pipeline.predictions or place is None or not (due or move):
+        """Say up to when the ledger has all predictions, of partitions that were read to where they ended then."""
+        for tp in self._ends.keys() & self._consumer.assignment():
+            (end, asked), place = self._ends[tp], self._places.get((tp.topic, tp.partition))
+            if place is None or await self._consumer.position(tp) < end:
                 continue
-            end, seen = self._end(tp), self._consumer.last_poll_timestamp(tp)
-            if end is None or not seen or await self._consumer.position(tp) < end:
-                continue
-            if move is None:
-                move = rows.moves[tp.topic, tp.partition] = Move(place, place)
-            move.whole_at = seen
+            move = rows.moves.setdefault((tp.topic, tp.partition), Move(place, place))
+            move.whole_at = asked
+            del self._ends[tp]
 
     def _end(self, tp: TopicPartition) -> int | None:
         stable: int | None = self._consumer.last_stable_offset(tp)

@@ -95,9 +95,15 @@ class Partitions:
         """The log that nobody can score yet, for what was folded passes unscored; and what waits for the ledger."""
         worker = self._worker
         full = {topic for topic, route in worker.routes.items() if isinstance(route, Asking) and route.full}
-        if worker.settings.without_model == "wait" and CHAMPION not in worker.serving.models:
+        if self.unscored:
             full.add(worker.pipeline.entities[-1].log)
         return frozenset(full)
+
+    @property
+    def unscored(self) -> bool:
+        """Whether events wait for a model."""
+        worker = self._worker
+        return worker.settings.without_model == "wait" and CHAMPION not in worker.serving.models
 
     async def take(
         self, committed: Mapping[TP, int | None], consumer: faust_batches.Consumer
@@ -128,7 +134,7 @@ class Partitions:
         # No older owner can add to what is read here.
         await worker.producer.claim(worker.pipeline.predictions, scored)
         score.emitted = await kafka.last_origins(self.address, worker.pipeline.predictions, scored)
-        self._check_predictions(score.emitted, ends)
+        await self._check_predictions(consumer, score.emitted)
         positions = await self._stores([tp for tp in assigned if tp.topic in worker.by_log], first)
         await self._check_writers(consumer, list(positions))
         if consumer.epoch != epoch:  # revoked meanwhile: `release` waits to close what is open
@@ -164,14 +170,18 @@ class Partitions:
         )
         return dict(zip(tps, positions, strict=True))
 
-    def _check_predictions(self, emitted: dict[int, int], ends: Mapping[TP, int]) -> None:
-        """Predictions are numbered by the log that is scored; those of another would hide what is to come."""
+    async def _check_predictions(self, consumer: faust_batches.Consumer, emitted: dict[int, int]) -> None:
+        """Predictions are numbered by the log that is scored; those of another would hide what is to come.
+
+        Where that ends is asked behind the look at them: an older owner may have gone on until the claim.
+        """
         pipeline = self._worker.pipeline
-        for partition, offset in emitted.items():
-            scored = TP(pipeline.entities[-1].log, partition)
+        logs = {TP(pipeline.entities[-1].log, partition): offset for partition, offset in emitted.items()}
+        ends = await consumer.highwaters(*logs) if logs else {}
+        for scored, offset in logs.items():
             if offset >= ends[scored]:
                 raise HeadraceError(
-                    f"{pipeline.predictions} partition {partition} has a prediction of offset {offset}, but "
+                    f"{pipeline.predictions} partition {scored.partition} has a prediction of offset {offset}, but "
                     f"{scored.topic} ends at {ends[scored]}: it is of another log. If the pipeline's first or last "
                     "entity has changed, run it under another name (--as); if the log's topic was made anew, make "
                     "that of the predictions anew, too."
@@ -180,14 +190,14 @@ class Partitions:
     async def _check_writers(self, consumer: faust_batches.Consumer, opened: list[TP]) -> None:
         """What a topic's successor of the same name holds would be taken for what has been seen."""
         worker = self._worker
-        heard = {
-            TP(names[source % len(names)], source // len(names)): (tp, offset)
+        heard = [
+            (TP(names[source % len(names)], source // len(names)), tp, offset)
             for tp in opened
             if (names := worker.writers.get(tp.topic))
             for source, offset in worker.by_log[tp.topic].seen(tp.partition).items()
-        }
-        ends = await consumer.highwaters(*heard) if heard else {}
-        for source, (tp, offset) in heard.items():
+        ]
+        ends = await consumer.highwaters(*{source for source, _, _ in heard}) if heard else {}
+        for source, tp, offset in heard:
             if offset >= ends[source]:
                 raise HeadraceError(
                     f"{tp.topic} has had offset {offset} of {source.topic} partition {source.partition}, which ends at "
@@ -425,7 +435,7 @@ class Worker:
         )  # fmt: skip
         found = routes(
             pipeline, self.outbox, self._reject_record, self._counts, self.events,
-            round(self.settings.label_wait_s * 1000), self._now_ms,
+            round(self.settings.label_wait_s * 1000), self._now_ms, lambda: self.partitions.unscored,
         )  # fmt: skip
         self.routes = {route.topic: route for route in found}
         self.flush = Flush(
@@ -619,8 +629,8 @@ def create_worker(worker: Worker) -> App:
         await asyncio.wait_for(worker.stop(), STOP_S)
         late.cancel()
         # All is flushed and let go. What hangs behind this, a client that waits for its coordinator perhaps, must not
-        # keep the process.
-        _exit_after(LEAVE_S, 0)
+        # keep the process, nor hide that it failed.
+        _exit_after(LEAVE_S, 1 if app.crashed else 0)
 
     app.on_partitions_revoked.connect(revoked, weak=False)
     app.on_before_shutdown.connect(stopping, weak=False)

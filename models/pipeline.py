@@ -474,13 +474,16 @@ class _Compiler:
             return
         for stream in streams:
             if entity.is_of(stream) and not any(
-                e.is_of(stream) and not e.plan.hop and not any(stream.fields[k].optional for k in e.keys)
+                e.is_of(stream)
+                and not e.plan.hop
+                and not any(stream.fields[k].optional for k in e.keys)
+                and e.retention >= entity.retention
                 for e in before
             ):
                 raise self.fail(
                     (*at, "hop"),
                     f"events of {stream.name} that come twice would count twice, for cells have no ids; put an entity "
-                    "without a hop before it, whose key all of them have.",
+                    "without a hop before it, whose key all of them have and that looks back as far.",
                 )
 
     def keys(

@@ -28,6 +28,11 @@ Mask = npt.NDArray[np.bool_]
 
 _MAGIC = 0x52_44_52_48  # "HRDR"
 
+# What `fresh` makes of a record: seen before, news, or behind one that is missing.
+SEEN, NEWS, GAP = 0, 1, 2
+NEVER = -1  # in `seen`: nothing has come of this source
+LOOSE = -3  # in `seen`: LOOSE - h, where h was the highest, and the log has lost what came behind it
+
 
 class RecordCodec:
     """Records of the log that stage number `stage` of a pipeline reads (1 is the second entity's)."""
@@ -78,9 +83,12 @@ class RecordCodec:
         raw = heads.tobytes()
         return [raw[i : i + size] for i in range(0, len(raw), size)]
 
-    def encode_lost(self, writer: int, partition: int, offset: int) -> bytes:
-        """The record that says: up to this offset, what was to come of this partition is gone."""
-        one = np.array([partition]), np.array([offset]), np.array([NEVER])
+    def encode_lost(self, writer: int, partition: int, offset: int, previous: int = NEVER) -> bytes:
+        """The record that says: up to this offset, what was to come of this partition is gone.
+
+        previous: by `chain`.
+        """
+        one = np.array([partition]), np.array([offset]), np.array([previous])
         heads = self._heads(1, writer, *one)
         heads["kind"], heads["clock"] = LOST, NULL
         return heads.tobytes()
@@ -197,12 +205,6 @@ def skew(logs: Ints, sources: Ints, clocks: Ints, reached: Ints) -> int:
         own[sources[i]] = max(own[sources[i]], clocks[i])
         most = max(most, own.max() - own[sources[i]])
     return most
-
-
-# What `fresh` makes of a record: seen before, news, or behind one that is missing.
-SEEN, NEWS, GAP = 0, 1, 2
-NEVER = -1  # in `seen`: nothing has come of this source
-LOOSE = -3  # in `seen`: LOOSE - h, where h was the highest, and the log has lost what came behind it
 
 
 @jit

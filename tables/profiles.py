@@ -403,8 +403,8 @@ class Profiles:
 
     def _degraded(self, batch: Batch, logs: Ints) -> Mask:
         """Which values lack what retention has cut. Follows the clocks of the partitions on the way."""
-        before = self._clock.copy()
-        np.maximum.at(self._clock, logs, batch.clocks)
+        before, events = self._clock.copy(), batch.kinds == EVENT
+        np.maximum.at(self._clock, logs[events], batch.clocks[events])
         result = np.zeros(len(batch), np.bool_) if batch.degraded is None else batch.degraded
         lost = batch.kinds == LOST
         if self._degraded_until.max() == NULL and not lost.any():
@@ -414,21 +414,25 @@ class Profiles:
         for partition in unsure:
             ours = np.flatnonzero(logs == partition)
             until[ours] = self._degraded_from(
-                partition, lost[ours], batch.clocks[ours], int(before[partition])
+                partition, batch.kinds[ours], batch.clocks[ours], int(before[partition])
             )
         return result | (batch.times < until)
 
-    def _degraded_from(self, partition: int, lost: Mask, clocks: Ints, before: int) -> list[int]:
-        """Until when, as of each record of a partition: the first behind a loss tells how long.
+    def _degraded_from(self, partition: int, kinds: Bytes, clocks: Ints, before: int) -> list[int]:
+        """Until when, as of each record of a partition: the first event behind a loss tells how long.
 
-        lost: (n,) which records say that there was one; clocks: (n,); before: the latest event time before them.
+        That one may be late, and what is gone was not: the latest event counts. kinds, clocks: (n,); before: the
+        latest event time before them.
         """
         until, result = int(self._degraded_until[partition]), []
-        for is_lost, clock in zip(lost.tolist(), clocks.tolist(), strict=True):
-            if is_lost:
+        newest = before
+        for kind, clock in zip(kinds.tolist(), clocks.tolist(), strict=True):
+            if kind == EVENT:
+                newest = max(newest, clock)
+            if kind == LOST:
                 until = _FOR_NOW
-            elif until == _FOR_NOW:
-                until = clock + self._reach
+            elif kind == EVENT and until == _FOR_NOW:
+                until = newest + self._reach
                 since = "before" if before == NULL else f"from {_utc(before)} to"
                 log.warning(
                     "%s partition %d has lost what happened %s %s: values are marked as degraded until "

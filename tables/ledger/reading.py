@@ -59,7 +59,8 @@ WHERE event = ANY($1::bigint[]) AND pipeline = $2 AND (stream IS NULL OR stream 
 ORDER BY event, scored_at DESC, "partition" DESC, "offset" DESC
 """
 _WHOLE = """
-SELECT count(whole_at) AS partitions, min(whole_at) AS whole_at FROM ledger.positions WHERE topic = $1
+SELECT count(whole_at) AS partitions, min(whole_at) AS whole_at FROM ledger.positions
+WHERE pipeline = $1 AND topic = $2
 """
 _EXTENT = """
 SELECT (SELECT count(*) FROM ledger.predictions WHERE pipeline = $1) AS predictions,
@@ -67,7 +68,7 @@ SELECT (SELECT count(*) FROM ledger.predictions WHERE pipeline = $1) AS predicti
     (SELECT count(*) FROM pg_inherits WHERE inhparent = 'ledger.predictions'::regclass) AS days
 """
 _POSITIONS = """
-SELECT topic, "partition", next, whole_at FROM ledger.positions WHERE topic = ANY($1::text[])
+SELECT topic, "partition", next, whole_at FROM ledger.positions WHERE pipeline = $1 AND topic = ANY($2::text[])
 ORDER BY topic, "partition"
 """
 
@@ -153,7 +154,7 @@ class Ledger:
 
     async def events(self, ids: Sequence[int], partitions: int) -> Found:
         """What is known of events of the first stream, in one query. partitions: of the predictions' topic."""
-        whole = (await self._fetch(_WHOLE, self._pipeline.predictions))[0]
+        whole = (await self._fetch(_WHOLE, self._pipeline.instance, self._pipeline.predictions))[0]
         rows = await self._fetch(_EVENTS, ids, self._pipeline.instance, self._pipeline.stream.name)
         events: dict[int, list[Known]] = {}
         for row in rows:
@@ -166,7 +167,7 @@ class Ledger:
         counts = dict((await self._fetch(_EXTENT, self._pipeline.instance))[0])
         positions = [
             dict(row) | {"whole_at": row["whole_at"] and row["whole_at"].isoformat(timespec="milliseconds")}
-            for row in await self._fetch(_POSITIONS, topics)
+            for row in await self._fetch(_POSITIONS, self._pipeline.instance, topics)
         ]
         return counts | {"positions": positions}
 

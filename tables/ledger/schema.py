@@ -106,7 +106,8 @@ class Label(Table):
 
 
 class Position(Table):
-    """How far a partition of a topic was read: moved in the transaction of the rows that were read.
+    """How far a partition of a topic was read for an instance, for several may share one of labels: moved in the
+    transaction of the rows that were read.
 
     next: the next offset; highest: the highest origin so far (models.predictions.Place); whole_at: all that was
     sent to the partition before is here.
@@ -114,13 +115,14 @@ class Position(Table):
 
     __tablename__ = "positions"
 
+    pipeline: Mapped[str] = mapped_column(_NAME)
     topic: Mapped[str] = mapped_column(_NAME)
     partition: Mapped[int]
     next: Mapped[int] = mapped_column(BIGINT)
     highest: Mapped[int] = mapped_column(BIGINT)
     whole_at: Mapped[dt.datetime | None] = mapped_column(_INSTANT)
 
-    __table_args__ = (PrimaryKeyConstraint("topic", "partition"),)
+    __table_args__ = (PrimaryKeyConstraint("pipeline", "topic", "partition"),)
 
 
 # By day of these columns. `outcomes`, a view, is each prediction with what is known of its event now: so a label

@@ -66,22 +66,22 @@ SELECT count(*) FROM written
 """
 _PLACES = """
 SELECT topic, "partition", next, highest FROM ledger.positions
-WHERE (topic, "partition") IN (SELECT * FROM unnest($1::text[], $2::int[]))
+WHERE pipeline = $1 AND (topic, "partition") IN (SELECT * FROM unnest($2::text[], $3::int[]))
 """
 _BEGIN = """
-INSERT INTO ledger.positions (topic, "partition", next, highest)
-SELECT * FROM unnest($1::text[], $2::int[], $3::bigint[], $4::bigint[])
+INSERT INTO ledger.positions (pipeline, topic, "partition", next, highest)
+SELECT $1, * FROM unnest($2::text[], $3::int[], $4::bigint[], $5::bigint[])
 ON CONFLICT DO NOTHING
 """
 # In the order of the key, so that two processes never wait for each other.
 _LOCK_PLACES = _PLACES + ' ORDER BY topic, "partition" FOR UPDATE'
 _MOVE = """
 UPDATE ledger.positions p SET next = m.next, highest = m.highest, whole_at = coalesce(m.whole_at, p.whole_at)
-FROM unnest($1::text[], $2::int[], $3::bigint[], $4::bigint[], $5::timestamptz[])
+FROM unnest($2::text[], $3::int[], $4::bigint[], $5::bigint[], $6::timestamptz[])
     m(topic, "partition", next, highest, whole_at)
-WHERE p.topic = m.topic AND p."partition" = m."partition"
+WHERE p.pipeline = $1 AND p.topic = m.topic AND p."partition" = m."partition"
 """
-_FORGET = "DELETE FROM ledger.positions WHERE topic = ANY($1::text[])"
+_FORGET = "DELETE FROM ledger.positions WHERE pipeline = $1 AND topic = ANY($2::text[])"
 _CLEAR = {
     "predictions": "DELETE FROM ledger.predictions WHERE pipeline = $1",
     "prediction_keys": "DELETE FROM ledger.prediction_keys WHERE pipeline = $1",
@@ -140,8 +140,9 @@ class Writer:
         tps = list(tps)
         topics, partitions = [t for t, _ in tps], [p for _, p in tps]
         async with self._transaction() as connection:
-            await connection.execute(_BEGIN, topics, partitions, [first[tp] for tp in tps], [-1] * len(tps))
-            found = await connection.fetch(_PLACES, topics, partitions)
+            start = [first[tp] for tp in tps]
+            await connection.execute(_BEGIN, self._pipeline, topics, partitions, start, [-1] * len(tps))
+            found = await connection.fetch(_PLACES, self._pipeline, topics, partitions)
         return {(row["topic"], row["partition"]): Place(row["next"], row["highest"]) for row in found}
 
     async def write(self, rows: Rows) -> int:
@@ -168,12 +169,12 @@ class Writer:
                     await connection.copy_records_to_table(name, records=staged)
                     new += await connection.fetchval(insert, self._pipeline)
             # 3. and how far
-            await connection.execute(_MOVE, *_columns(rows.moves))
+            await connection.execute(_MOVE, self._pipeline, *_columns(rows.moves))
         return new
 
     async def _hold(self, connection: Any, moves: Mapping[TopicPartition, Move]) -> None:
         topics, partitions = [t for t, _ in moves], [p for _, p in moves]
-        found = await connection.fetch(_LOCK_PLACES, topics, partitions)
+        found = await connection.fetch(_LOCK_PLACES, self._pipeline, topics, partitions)
         there = {(row["topic"], row["partition"]): row["next"] for row in found}
         if any(there.get(tp) != move.before.next for tp, move in moves.items()):
             raise Moved
@@ -181,14 +182,14 @@ class Writer:
     async def forget(self, topics: Sequence[str]) -> None:
         """Read these topics from their beginning again. Rows stay, and what is there is not written twice."""
         async with self._transaction() as connection:
-            await connection.execute(_FORGET, list(topics))
+            await connection.execute(_FORGET, self._pipeline, list(topics))
 
     async def clear(self, topics: Sequence[str]) -> None:
         """Remove all of this instance: its rows, and how far these topics were read."""
         async with self._transaction() as connection:
             for table in PARTED:
                 await connection.execute(_CLEAR[table], self._pipeline)
-            await connection.execute(_FORGET, list(topics))
+            await connection.execute(_FORGET, self._pipeline, list(topics))
 
     async def _have_days(self, days: Iterable[int]) -> None:
         """Make the partitions of these days, where there are none."""

@@ -314,6 +314,21 @@ async def test_only_who_stands_where_the_ledger_does_may_write(world: Settings, 
     await new.close()
 
 
+async def test_instances_that_share_a_topic_read_all_of_it_each(world: Settings, postgres_url: str) -> None:
+    """Labels may be of one topic for two pipelines, or for an instance and its successor."""
+    tp = ("labels-of-both", 0)
+    writers = [Writer(postgres_url, f"ledger-shares-{n}") for n in range(2)]
+    for writer in writers:
+        await writer.clear([tp[0]])
+    places = [(await writer.places([tp], {tp: 0}))[tp] for writer in writers]
+    for writer, place in zip(writers, places, strict=True):
+        assert await writer.write(Rows(moves={tp: Move(place, Place(7, 7))})) == 0
+    await writers[0].forget([tp[0]])
+    assert [(await writer.places([tp], {tp: 0}))[tp].next for writer in writers] == [0, 7]
+    for writer in writers:
+        await writer.close()
+
+
 async def test_days_are_made_and_dropped(world: Settings, postgres_url: str) -> None:
     admin = await asyncpg.connect(postgres_url)
     await admin.execute("DROP DATABASE IF EXISTS ledger_days")

@@ -24,7 +24,7 @@ from agents.route import Asking
 from app.verify import Intake
 from app.worker import Partitions
 from models import dead_letters
-from models.events import KEYS_UNKNOWN, Known, LabelDecoder, Lack, key_bytes
+from models.events import KEYS_UNKNOWN, Found, Known, LabelDecoder, Lack, key_bytes
 from models.pipeline import parse
 from models.records import writers
 from models.windows import LABEL
@@ -353,7 +353,7 @@ async def test_it_asks_again_with_growing_pauses_and_at_once_when_there_is_news(
     taken = routing.Said(ASKING, ASKING.said[0])
     counts = dict.fromkeys([taken._topic, *taken.logs], PARTITIONS)
     outbox = Outbox(nowhere, lambda: 0, lambda error: None)
-    route = Asking(taken._topic, taken, outbox, lambda *_: None, counts, ledger, 0, lambda: 0)
+    route = Asking(taken._topic, taken, outbox, lambda *_: None, counts, ledger, 0, lambda: 0, lambda: False)
     route.start_at({0: 0, 1: 0})
     task = asyncio.create_task(route.run())
     await settled()
@@ -371,3 +371,33 @@ async def test_it_asks_again_with_growing_pauses_and_at_once_when_there_is_news(
     assert ledger.asked > before
     assert (route.waiting, route.positions) == (2, {0: 0, 1: 0})
     task.cancel()
+
+
+async def test_nothing_is_given_up_for_the_time_in_which_events_wait_for_a_model() -> None:
+    """The ledger is whole all the while, for nothing is predicted."""
+    now, idle, given_up = 0, True, list[Any]()
+    ledger: Any = type("Whole", (), {"failing": None})()
+
+    async def find(ids: Sequence[int]) -> Found:
+        return Found({}, now)
+
+    async def room() -> None: ...
+
+    ledger.find = find
+    taken = routing.Said(ASKING, ASKING.said[0])
+    counts = dict.fromkeys([taken._topic, *taken.logs], PARTITIONS)
+    outbox: Any = type("Outbox", (), {"room": staticmethod(room), "acknowledged": staticmethod(room)})
+    route = Asking(
+        taken._topic, taken, outbox, lambda *what: given_up.append(what), counts, ledger, 300, lambda: now,
+        lambda: idle,
+    )  # fmt: skip
+    route.start_at({0: 0, 1: 0})
+    record: Any = type("R", (), {"offset": 0, "timestamp": 0, "value": label(1, 0)[3]})
+    route.handle([(0, [record])])
+    now = 1000
+    assert not await route.once()
+    idle, now = False, 1299  # there is a model
+    assert not await route.once()
+    now = 1300
+    assert await route.once()
+    assert len(given_up) == 1

@@ -295,6 +295,7 @@ MALFORMED = {
     "by a value below zero": Bad("{aggregate: count, window: 1d}", "{aggregate: count, window: 1d, by: {ITEMS: [-1]}}", 24, "entities.customer.features.CUSTOMER_NB.by.ITEMS", "does not go into a name"),
     "window is a number": Bad("{aggregate: count, window: 1d}", "{aggregate: count, window: 5}", 24, "entities.customer.features.CUSTOMER_NB.window", "Expected `str | null`, got `int`", True),
     "hop of the first entity": Bad("    key: CUSTOMER\n", "    key: CUSTOMER\n    hop: 1s\n", 23, "entities.customer.hop", "put an entity without a hop before it"),
+    "hop that looks farther back than who drops": Bad("{aggregate: mean, of: ITEMS, window: 1h}\n      SHOP_RISK: {aggregate: share, of: RETURNED, window: 2d, delay: 1d}", "{aggregate: mean, of: ITEMS, window: 8d}\n      SHOP_RISK: {aggregate: count, window: 1h}", 28, "entities.shop.hop", "looks back as far", more=("    key: SHOP\n", "    key: SHOP\n    hop: 1s\n")),
     "hop of zero": Bad("    key: SHOP\n", "    key: SHOP\n    hop: 0s\n", 28, "entities.shop.hop", "a hop is longer than 0"),
     "hop under labels": Bad("    key: SHOP\n", "    key: SHOP\n    hop: 1s\n", 31, "entities.shop.features.SHOP_RISK.aggregate", "cells do not tell the share"),
     "hop above a window": Bad("    key: SHOP\n", "    key: SHOP\n    hop: 2h\n", 30, "entities.shop.features.SHOP_ITEMS.window", "shorter than the entity's hop"),

@@ -439,6 +439,27 @@ def test_what_a_cut_log_lacks_marks_values_until_the_longest_window_has_passed(
     assert touched(profiles, 9).degraded.tolist() == [False]
 
 
+def test_a_second_loss_ends_no_mark_of_the_first(tmp_path: Path) -> None:
+    """The first event behind it may be late: what was lost before is missing for as long as it was."""
+    codec, decoder = RecordCodec(SHOP, 1), EventDecoder(SHOP, SHOP.stream)
+    reach = int(SHOP.entities[1].plan.bounds.max())
+    times = [START, START - HOUR, START + reach - 1, START + reach]
+    events, _, _ = decoder.decode(
+        [order(i, AT=at, SHOP="north") for i, at in enumerate(times)], np.full(4, START * 2)
+    )
+    records = codec.encode(
+        events, np.zeros((4, 2)), np.ones(4), np.arange(4), np.arange(-1, 3), np.zeros(4, np.bool_)
+    )
+    p = partition_of(b"north", PARTITIONS)
+    values = [codec.encode_lost(1, 0, 5), records[0], codec.encode_lost(1, 1, 5), *records[1:]]
+    profiles = opened(shops(tmp_path))
+    keys = [None, b"north", None, b"north", b"north", b"north"]
+    applied = [profiles.apply([(p, [record])]) for record in log(values, keys)]
+    assert [a.degraded.tolist() for a, key in zip(applied, keys, strict=True) if key] == [
+        [True], [True], [True], [False]
+    ]  # fmt: skip
+
+
 def test_values_of_a_degraded_stage_before_are_degraded(tmp_path: Path) -> None:
     codec, decoder = RecordCodec(SHOP, 1), EventDecoder(SHOP, SHOP.stream)
     events, _, _ = decoder.decode([order(i, SHOP="north") for i in range(2)], np.full(2, START * 2))

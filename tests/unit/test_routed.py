@@ -39,7 +39,7 @@ from models.windows import LOST as LOST_RECORD
 from tests.fixtures.exactness import DAY, HOUR, compared
 from tests.fixtures.logs import order
 from tests.fixtures.pipelines import SHOP, edited
-from tests.fixtures.simulation import PARTITIONS, Broker, Died, World, simulated
+from tests.fixtures.simulation import PARTITIONS, Broker, Died, Producer, World, simulated
 from tests.unit.test_exactness import _BAD, _FATE, _WORK, ALL, LOST, OLD, Step, arrived
 
 LOGINS = """\
@@ -420,6 +420,72 @@ def test_a_topic_that_was_made_anew_stops_the_worker(topic: str, says: str, tmp_
 
     with simulated(tmp_path, False, ROUTED) as world, pytest.raises(Died, match=says):
         asyncio.run(live(world))
+
+
+def test_the_highest_offset_of_any_partition_tells_that_a_topic_was_made_anew(tmp_path: Path) -> None:
+    """Another partition, which has heard of a lower one, does not hide it."""
+    customers = [next(c for c in range(99) if home(c, "a")[0] == p) for p in range(PARTITIONS)]
+
+    async def live(world: World) -> None:
+        # each partition of the first log has heard of the same partition, the last one of the least
+        steps = [bought(i, c, "a", i, 0) for i, c in enumerate(reversed(customers))]
+        await world.run([("start", 0, OLD), *steps, *THROUGH, ("crash", 0, 9, [LOST], None)])
+        world.broker.logs[TP(ROUTED.streams[0].topic, 0)].pop()
+        await world.run([("start", 0, OLD)])
+
+    for _ in range(2):
+        customers.reverse()
+        with (
+            simulated(tmp_path / str(customers[0]), False, ROUTED) as world,
+            pytest.raises(Died, match="has had offset 1 "),
+        ):
+            asyncio.run(live(world))
+
+
+def test_what_an_older_owner_predicts_until_the_claim_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was stopped, wakes, and goes on for a moment, behind the new owner's look at where logs end."""
+    claim, log = Producer.claim, ROUTED.entities[-1].log
+
+    async def late(self: Producer, topic: str, partitions: Sequence[int]) -> None:
+        for p in partitions if topic == ROUTED.predictions else ():
+            made = json.loads(world.broker.logs[TP(topic, p)][-1].value or b"{}")
+            last = world.broker.logs[TP(log, p)][-1]
+            world.publish(log, p, last.value or b"")
+            made["origin"]["offset"] = len(world.broker.logs[TP(log, p)]) - 1
+            world.publish(topic, p, json.dumps(made).encode())
+        await claim(self, topic, partitions)
+
+    async def live() -> None:
+        more = [bought(100 + i, c, name, 9, 0) for i, (c, name) in enumerate(LAST)]
+        await world.run([("start", 0, OLD), *EVENTS, *more, *THROUGH, ("crash", 0, 9, [LOST], None)])
+        monkeypatch.setattr(Producer, "claim", late)
+        await world.run([("start", 0, OLD), *THROUGH])
+
+    with simulated(tmp_path, False, ROUTED) as world:
+        asyncio.run(live())
+
+
+def test_a_loss_that_is_told_hides_no_record_that_a_broker_has_lost(tmp_path: Path) -> None:
+    """It stands behind what is missing; taken as it is, what comes again would be dropped as seen."""
+    (customer, name), pair = LAST[0], home(*LAST[0])
+    stream = TP(ROUTED.streams[1].topic, 0)
+
+    async def live(world: World) -> None:
+        await world.run([("start", 0, OLD), *EVENTS, *THROUGH, ("hole", pair[1], ROUTED.entities[1].log)])
+        for id in (500, 501):  # the first is lost, and the second is left out
+            await world.run([bought(id, customer, name, 9, 0), *THROUGH])
+        await world.run([("crash", 0, 9, [LOST], None), *GONE])
+        world.broker.first[stream] = len(world.broker.logs[stream])
+        await world.run([("start", 0, OLD), *THROUGH])
+        await world.run([("control",), *THROUGH, ("control",), *THROUGH])
+
+    with simulated(tmp_path, False, ROUTED) as world:
+        asyncio.run(live(world))
+        assert _lost(world, 1)
+        served = {decode(r.value or b"").id for p in range(PARTITIONS) for r in world.predictions[p]}
+    assert {500, 501} <= served
 
 
 def test_partitions_that_a_topic_gains_stop_the_worker(tmp_path: Path) -> None:

@@ -185,7 +185,9 @@ def test_what_is_routed_where(bank: Pipeline) -> None:
     counts = dict.fromkeys((*bank.inputs, "bank.account.log", "bank.pair.log"), 4)
     found = {
         r.topic: r
-        for r in routes(bank, outbox, lambda *bad: rejected.append(bad), counts, None, 0, lambda: 0)
+        for r in routes(
+            bank, outbox, lambda *bad: rejected.append(bad), counts, None, 0, lambda: 0, lambda: False
+        )
     }
     assert set(found) == set(bank.inputs)
     label = {"ID": 7, "AT": NOW, "ACCOUNT": 1, "FRAUD": 1, "KNOWN": NOW}
