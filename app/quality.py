@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 import uvloop
 from aiohttp import web
 from aiokafka.errors import KafkaError
@@ -36,6 +37,7 @@ from models.predictions import identity
 from models.quality import Realised
 from models.scoring import ModelError
 from models.splits import label_delay
+from models.windows import NULL
 from tables.model_folder import CANARY, CHAMPION
 
 BEHIND = 20_000  # records, of a stream that comes all the time: a second or so
@@ -131,9 +133,9 @@ class Quality:
 
     def _labelled(self, records: list[Any]) -> None:
         batch, kept, _ = self._labels.decode([r.value or b"" for r in records])
-        rows = zip(
-            batch.ids.tolist(), batch.times.tolist(), batch.states.tolist(), kept.tolist(), strict=True
-        )
+        # Who sends the event's id alone tells no time of it; it is not later than what is known of it.
+        times = np.where(batch.times == NULL, batch.clocks, batch.times)
+        rows = zip(batch.ids.tolist(), times.tolist(), batch.states.tolist(), kept.tolist(), strict=True)
         for id_, time_, state, at in rows:
             record = records[at]
             # As `headrace models compare` has it: the last that was sent of an event counts.

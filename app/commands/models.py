@@ -158,7 +158,7 @@ def _flat(found: dict[str, Any], of: str = "") -> list[tuple[str, Any]]:
 )
 def models_promote(version: str, name: str, alias: str) -> None:
     """Let workers score with a version, or in the shadow, if it passes their gate. They change within 5 s."""
-    _life(common.settings(), name).promote(version, alias)
+    version = _life(common.settings(), name).promote(version, alias)
     click.echo(f"{version} is the {alias} of {name}")
 
 

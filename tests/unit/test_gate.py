@@ -88,5 +88,5 @@ def samples(serving: Serving) -> set[tuple[str, tuple[str, ...], float]]:
 
 
 async def test_a_version_that_is_fit_is_not_in_the_way() -> None:
-    serving: Any = SimpleNamespace(models={}, refusals={}, refused={}, away=None)
+    serving: Any = SimpleNamespace(models={}, refusals={}, refused={}, away=None, taken_back={})
     assert not [s for s in samples(serving) if s[0].startswith("headrace_model")]

@@ -106,6 +106,19 @@ def test_time_is_of_all_calls_and_judged_by_enough_rows(
     assert watch.breach() is None  # what is judged is forgotten
 
 
+def test_where_traffic_is_low_a_call_is_not_taken_for_a_slow_model(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sound forest of 500 trees, 77 us for a row of 256, takes some 550 for one that comes alone."""
+    for seconds, slow in ((550e-6, False), (2.1e-3, True)):
+        clock = iter(np.arange(4 * ROWS) * seconds)
+        monkeypatch.setattr(canary_watch, "time", SimpleNamespace(thread_time=lambda clock=clock: next(clock)))
+        watch = Watch(model, Bounds(row_us=200))
+        for _ in range(ROWS):
+            watch.model.score_many(np.zeros((1, 3)))
+        assert (watch.breach() is not None) == slow
+
+
 def test_decisions_are_judged_by_enough_events_at_a_time(model: Model) -> None:
     watch, low, high = Watch(model, Bounds()), np.zeros(EVENTS, np.float32), np.ones(EVENTS, np.float32)
     watch.both(low, model, low)
@@ -200,6 +213,24 @@ def test_the_last_label_counts_by_when_it_was_sent(bench: Bench) -> None:
     again.timestamp = 10
     bench.quality.take([again])
     assert bench.quality.realised.of("good")[0].labelled == 0
+
+
+def test_labels_that_have_the_id_alone_count_whenever_they_come(tmp_path: Any) -> None:
+    """Of those neither time nor keys are known here; the event's score tells its day."""
+    by_id = parse(SHOP_YAML + "labels: {known: KNOWN, field: BACK, keys: ledger}\n")
+    quality = Quality(ModelLife(by_id, ModelFolder(tmp_path)), 3, 1000, Bounds(), print)
+    bench = Bench(ModelFolder(tmp_path))
+
+    def label(id_: int, day: int) -> Any:
+        value = json.dumps({"ID": id_, "BACK": 1, "KNOWN": day * DAY_MS}).encode()
+        return bench.record(quality.topics[2], value)
+
+    early, made = label(1, 2), [bench.predicted(id_, DAY_MS, "good", 0.5) for id_ in (1, 2)]
+    quality.take([early, *made, label(2, 3)])
+    quality.take([bench.predicted(-1, 3 * DAY_MS, "good", 0.5)])
+    assert quality.realised.until == 2
+    assert quality.realised.of("good")[0].labelled == 2
+    assert list(quality.realised._counts) == [1]
 
 
 async def test_a_canary_that_turns_out_worse_is_taken_back(bench: Bench) -> None:
