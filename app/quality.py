@@ -99,6 +99,7 @@ class Quality:
         self.topics = [pipeline.predictions, pipeline.shadow, pipeline.labels.topic]
         self.left: int | None = None
         self.whole = False
+        self._told_let_go = False
         self.away: str | None = None
 
     @property
@@ -120,6 +121,12 @@ class Quality:
                     self._shadowed(shadows.decode(record.value or b""))
         if labels:
             self._labelled(labels)
+        if self.realised.let_go and not self._told_let_go:
+            self._told_let_go = True
+            self._tell(
+                "Events are let go before their labels come, so figures and the rail lack them; raise "
+                "HEADRACE_QUALITY_EVENTS, or lower HEADRACE_QUALITY_DAYS."
+            )
 
     def _predicted(self, made: Made) -> None:
         if made.score is not None and made.version is not None:

@@ -139,6 +139,15 @@ async def test_a_canary_is_noted_at_its_version(mlflow: str, tmp_path: Path) -> 
     here.promote("two")
     assert await seen() == ({CHAMPION: "two"}, {})
     assert CANARY not in here.aliases()
+    # a version that was deleted in MLflow has nothing to be told of: what follows is seen all the same
+    here.promote("one")
+    here.set_canary("two", 50)
+    assert await seen() == ({CHAMPION: "one", CANARY: "two"}, {CANARY: 50})
+    serving.drop(CANARY, "two", RuntimeError("no such kernel"))
+    api = here.registry._rest  # type: ignore[attr-defined]
+    api.delete("model-versions/delete", name="canaries", version=here.registry._number("canaries", "two"))  # type: ignore[attr-defined]
+    assert await seen() == ({CHAMPION: "one"}, {})
+    assert serving.away is None
 
 
 def test_archived_versions_are_told(mlflow: str, tmp_path: Path) -> None:

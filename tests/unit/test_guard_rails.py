@@ -233,6 +233,15 @@ def test_labels_that_have_the_id_alone_count_whenever_they_come(tmp_path: Any) -
     assert list(quality.realised._counts) == [1]
 
 
+def test_that_there_is_no_room_for_events_is_told_once(bench: Bench) -> None:
+    bench.quality.take([bench.predicted(id_, DAY_MS, "good", 0.5) for id_ in range(1000)])
+    assert bench.told == []
+    for id_ in (1000, 1001):
+        bench.quality.take([bench.predicted(id_, DAY_MS, "good", 0.5)])
+    assert len(bench.told) == 1
+    assert "let go before their labels come" in bench.told[0]
+
+
 async def test_a_canary_that_turns_out_worse_is_taken_back(bench: Bench) -> None:
     bench.events(40)
     await bench.quality.look()  # there is none
