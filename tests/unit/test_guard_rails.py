@@ -77,6 +77,13 @@ def test_a_rail_holds_at_its_bound_and_gives_way_behind_it() -> None:
     )
 
 
+@pytest.mark.parametrize(("share", "taken"), [(10, False), (12, True)])
+def test_a_canary_that_finds_nothing_passes_where_there_is_little_to_find(share: int, taken: bool) -> None:
+    """What the page says of the default, by events of a thousand."""
+    champion, nothing = {"pass": 1000 - share, "block": share}, {"pass": 1000}
+    assert (of_scores("v", nothing, champion, Bounds()) is not None) == taken
+
+
 def test_failures_are_one_line() -> None:
     assert guard_rails.failed("v", ValueError("")).sentence == "The canary v failed to score (ValueError)."
     assert guard_rails.failed("v", ValueError("a\nb")).sentence == "The canary v failed to score (a)."
