@@ -119,7 +119,9 @@ def test_where_traffic_is_low_a_call_is_not_taken_for_a_slow_model(
     """A sound forest of 500 trees, 77 us for a row of 256, takes some 550 for one that comes alone."""
     for seconds, slow in ((550e-6, False), (2.1e-3, True)):
         clock = iter(np.arange(4 * ROWS) * seconds)
-        monkeypatch.setattr(canary_watch, "time", SimpleNamespace(thread_time=lambda clock=clock: next(clock)))
+        monkeypatch.setattr(
+            canary_watch, "time", SimpleNamespace(thread_time=lambda clock=clock: next(clock))
+        )
         watch = Watch(model, Bounds(row_us=200))
         for _ in range(ROWS):
             watch.model.score_many(np.zeros((1, 3)))
