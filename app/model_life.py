@@ -83,9 +83,11 @@ class ModelLife:
         self.promote(version)
         return True
 
-    def promote(self, version: str, alias: str = CHAMPION) -> None:
-        """Let an alias name a version that passes the gate. One that is only in the folder is published."""
+    def promote(self, version: str, alias: str = CHAMPION) -> str:
+        """Let an alias name a version, by its name or alias, that passes the gate. One that is only in the folder is
+        published. Returns its name."""
         name = self.pipeline.name
+        version = self.aliases().get(version, version)
         if not is_name(alias) or not (alias == CHAMPION or alias.startswith(CHALLENGER)):
             raise NotPromoted(
                 f"The alias {alias} is neither {CHAMPION} nor {CHALLENGER}NAME; choose one of these."
@@ -99,6 +101,7 @@ class ModelLife:
         self.registry.point(name, alias, version)
         if alias == CHAMPION:
             self._no_canary(version)
+        return version
 
     def rollback(self) -> str:
         """Make the champion before the champion again; a second time undoes it. Returns its version."""

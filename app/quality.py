@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 import uvloop
 from aiohttp import web
 from aiokafka.errors import KafkaError
@@ -37,6 +38,7 @@ from models.predictions import identity
 from models.quality import Realised
 from models.scoring import ModelError
 from models.splits import label_delay
+from models.windows import NULL
 from tables.model_folder import CANARY, CHAMPION
 
 BEHIND = 20_000  # records, of a stream that comes all the time: a second or so
@@ -98,6 +100,7 @@ class Quality:
         self.topics = [pipeline.predictions, pipeline.shadow, pipeline.labels.topic]
         self.left: int | None = None
         self.whole = False
+        self._told_let_go = False
         self.away: str | None = None
 
     @property
@@ -119,6 +122,12 @@ class Quality:
                     self._shadowed(shadows.decode(record.value or b""))
         if labels:
             self._labelled(labels)
+        if self.realised.let_go and not self._told_let_go:
+            self._told_let_go = True
+            self._tell(
+                "Events are let go before their labels come, so figures and the rail lack them; raise "
+                "HEADRACE_QUALITY_EVENTS, or lower HEADRACE_QUALITY_DAYS."
+            )
 
     def _predicted(self, made: Made) -> None:
         if made.score is not None and made.version is not None:
@@ -132,9 +141,9 @@ class Quality:
 
     def _labelled(self, records: list[Any]) -> None:
         batch, kept, _ = self._labels.decode([r.value or b"" for r in records])
-        rows = zip(
-            batch.ids.tolist(), batch.times.tolist(), batch.states.tolist(), kept.tolist(), strict=True
-        )
+        # Who sends the event's id alone tells no time of it; it is not later than what is known of it.
+        times = np.where(batch.times == NULL, batch.clocks, batch.times)
+        rows = zip(batch.ids.tolist(), times.tolist(), batch.states.tolist(), kept.tolist(), strict=True)
         for id_, time_, state, at in rows:
             record = records[at]
             # As `headrace models compare` has it: the last that was sent of an event counts.

@@ -152,7 +152,10 @@ class Mlflow:
         if row is None:
             return None
         number = str(row["version"])
-        return _canary(self._rest.get("model-versions/get", "model_version", name=name, version=number))
+        try:
+            return _canary(self._rest.get("model-versions/get", "model_version", name=name, version=number))
+        except NotThere:  # deleted since: what is known of a row is kept
+            return None
 
     def note(self, name: str, version: str, canary: Canary) -> None:
         """Write that, in one request."""

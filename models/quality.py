@@ -120,6 +120,7 @@ class Realised:
         if event is None or scores.keys() <= set(event.company):
             return
         self._count(event, -1)
+        event.day = time // DAY_MS  # a label that came first may not have known it
         known = dict(zip(event.company, event.bins, strict=True))
         known = {version: bin_of(score) for version, score in scores.items()} | known
         event.company = tuple(sorted(known))
@@ -127,7 +128,10 @@ class Realised:
         self._count(event, 1)
 
     def labelled(self, id_: int, time: int, label: int | None, stamp: int) -> None:
-        """What is known of an event; None: it is known no more. stamp: of two labels the higher one is the later."""
+        """What is known of an event; None: it is known no more. stamp: of two labels the higher one is the later.
+
+        time: of the event, ms, or what is not before it: then its scores tell.
+        """
         event = self._event(id_, time)
         if event is None or stamp <= event.stamp:
             return

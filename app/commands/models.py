@@ -157,8 +157,11 @@ def _flat(found: dict[str, Any], of: str = "") -> list[tuple[str, Any]]:
     "--alias", default="champion", show_default=True, metavar="NAME", help="champion, or challenger-NAME."
 )
 def models_promote(version: str, name: str, alias: str) -> None:
-    """Let workers score with a version, or in the shadow, if it passes their gate. They change within 5 s."""
-    _life(common.settings(), name).promote(version, alias)
+    """Let workers score with a version, by its name or alias, or in the shadow, if it passes their gate.
+
+    They change within 5 s.
+    """
+    version = _life(common.settings(), name).promote(version, alias)
     click.echo(f"{version} is the {alias} of {name}")
 
 

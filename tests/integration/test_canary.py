@@ -176,7 +176,7 @@ async def test_a_bad_canary_is_taken_back_and_the_reason_is_told(
     pipeline = find(NAME, two.pipelines, "cards-rails")
     rails = {"fails": "failed", "slow": "latency", "scores": "scores"}
     sent = 0
-    async with workers(two, pipeline, addresses, 2, HEADRACE_CANARY_ROW_US="60") as both:
+    async with workers(two, pipeline, addresses, 2, HEADRACE_CANARY_ROW_US="30") as both:
         for day, (how, rail) in enumerate(rails.items(), 20):
             version = planted(two, pipeline, how)
             assert headrace(two, "models", "canary", version, "--share", "30").exit_code == 0

@@ -20,7 +20,7 @@ from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.integration
 
-PORTS = {"WORKER": "28081", "API": "28080", "LEDGER": "28090"}
+PORTS = {"WORKER": "28081", "API": "28080", "LEDGER": "28090", "QUALITY": "28091"}
 
 
 @contextmanager
@@ -62,15 +62,15 @@ def ended(process: subprocess.Popen[str], within: float = 60) -> tuple[int, str,
 def test_all_processes_run_and_end_together(trained: Settings, postgres_url: str) -> None:
     run("topics", "create", "-p", "flight-delays")
     with started("--workers", "2") as process:
-        for port in (28081, 28082, 28080, 28090):
+        for port in (28081, 28082, 28080, 28090, 28091):
             assert answers(f"http://127.0.0.1:{port}/readyz") == "ready\n"
         process.send_signal(signal.SIGTERM)
         code, out, err = ended(process)
     assert (code, err) == (0, "")
-    assert {"worker.1", "worker.2", "api.1", "ledger.1"} <= {
+    assert {"worker.1", "worker.2", "api.1", "ledger.1", "quality.1"} <= {
         line.split(" ", 1)[1].split(" ")[0] for line in out.splitlines()
     }
-    for port in (28081, 28082, 28080, 28090):
+    for port in (28081, 28082, 28080, 28090, 28091):
         with pytest.raises((urllib.error.URLError, OSError)):
             answers(f"http://127.0.0.1:{port}/healthz", within=0)
 

@@ -77,6 +77,13 @@ def test_a_rail_holds_at_its_bound_and_gives_way_behind_it() -> None:
     )
 
 
+@pytest.mark.parametrize(("share", "taken"), [(10, False), (12, True)])
+def test_a_canary_that_finds_nothing_passes_where_there_is_little_to_find(share: int, taken: bool) -> None:
+    """What the page says of the default, by events of a thousand."""
+    champion, nothing = {"pass": 1000 - share, "block": share}, {"pass": 1000}
+    assert (of_scores("v", nothing, champion, Bounds()) is not None) == taken
+
+
 def test_failures_are_one_line() -> None:
     assert guard_rails.failed("v", ValueError("")).sentence == "The canary v failed to score (ValueError)."
     assert guard_rails.failed("v", ValueError("a\nb")).sentence == "The canary v failed to score (a)."
@@ -104,6 +111,21 @@ def test_time_is_of_all_calls_and_judged_by_enough_rows(
     assert breach is not None
     assert (breach.rail, "took 200.0 us" in breach.sentence) == ("latency", True)
     assert watch.breach() is None  # what is judged is forgotten
+
+
+def test_where_traffic_is_low_a_call_is_not_taken_for_a_slow_model(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sound forest of 500 trees, 77 us for a row of 256, takes some 550 for one that comes alone."""
+    for seconds, slow in ((550e-6, False), (2.1e-3, True)):
+        clock = iter(np.arange(4 * ROWS) * seconds)
+        monkeypatch.setattr(
+            canary_watch, "time", SimpleNamespace(thread_time=lambda clock=clock: next(clock))
+        )
+        watch = Watch(model, Bounds(row_us=200))
+        for _ in range(ROWS):
+            watch.model.score_many(np.zeros((1, 3)))
+        assert (watch.breach() is not None) == slow
 
 
 def test_decisions_are_judged_by_enough_events_at_a_time(model: Model) -> None:
@@ -200,6 +222,33 @@ def test_the_last_label_counts_by_when_it_was_sent(bench: Bench) -> None:
     again.timestamp = 10
     bench.quality.take([again])
     assert bench.quality.realised.of("good")[0].labelled == 0
+
+
+def test_labels_that_have_the_id_alone_count_whenever_they_come(tmp_path: Any) -> None:
+    """Of those neither time nor keys are known here; the event's score tells its day."""
+    by_id = parse(SHOP_YAML + "labels: {known: KNOWN, field: BACK, keys: ledger}\n")
+    quality = Quality(ModelLife(by_id, ModelFolder(tmp_path)), 3, 1000, Bounds(), print)
+    bench = Bench(ModelFolder(tmp_path))
+
+    def label(id_: int, day: int) -> Any:
+        value = json.dumps({"ID": id_, "BACK": 1, "KNOWN": day * DAY_MS}).encode()
+        return bench.record(quality.topics[2], value)
+
+    early, made = label(1, 2), [bench.predicted(id_, DAY_MS, "good", 0.5) for id_ in (1, 2)]
+    quality.take([early, *made, label(2, 3)])
+    quality.take([bench.predicted(-1, 3 * DAY_MS, "good", 0.5)])
+    assert quality.realised.until == 2
+    assert quality.realised.of("good")[0].labelled == 2
+    assert list(quality.realised._counts) == [1]
+
+
+def test_that_there_is_no_room_for_events_is_told_once(bench: Bench) -> None:
+    bench.quality.take([bench.predicted(id_, DAY_MS, "good", 0.5) for id_ in range(1000)])
+    assert bench.told == []
+    for id_ in (1000, 1001):
+        bench.quality.take([bench.predicted(id_, DAY_MS, "good", 0.5)])
+    assert len(bench.told) == 1
+    assert "let go before their labels come" in bench.told[0]
 
 
 async def test_a_canary_that_turns_out_worse_is_taken_back(bench: Bench) -> None:

@@ -362,7 +362,7 @@ def test_every_failure_is_told(
 def test_a_bug_is_not_dressed_as_an_error_of_the_user(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(valkey, "_program", lambda: os.environ["NO_SUCH_VARIABLE"])
+    monkeypatch.setattr(valkey, "program", lambda: os.environ["NO_SUCH_VARIABLE"])
     with pytest.raises(KeyError, match="NO_SUCH_VARIABLE"):
         services.up(settings, only=["redis"])
 

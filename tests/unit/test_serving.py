@@ -327,8 +327,9 @@ async def test_what_has_the_alias_alone_decides_nothing(world: World) -> None:
         world.life.set_canary(FIRST, 5)
 
 
-async def test_the_canary_that_is_promoted_is_none_any_more(tried: World) -> None:
-    tried.life.promote("second")
+@pytest.mark.parametrize("name", ["second", CANARY])
+async def test_the_canary_that_is_promoted_is_none_any_more(tried: World, name: str) -> None:
+    assert tried.life.promote(name) == "second"
     assert tried.life.aliases() == {CHAMPION: "second", PREVIOUS: FIRST}
     await tried.look()
     assert (tried.versions, tried.serving.shares) == ({CHAMPION: "second"}, {})
