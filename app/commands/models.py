@@ -153,16 +153,23 @@ def _flat(found: dict[str, Any], of: str = "") -> list[tuple[str, Any]]:
 @models.command("promote", epilog="Example: headrace models promote 0d5a4a3e77c1 --pipeline card-fraud")
 @click.argument("version")
 @common.pipeline_option
-@click.option(
-    "--alias", default="champion", show_default=True, metavar="NAME", help="champion, or challenger-NAME."
-)
-def models_promote(version: str, name: str, alias: str) -> None:
-    """Let workers score with a version, by its name or alias, or in the shadow, if it passes their gate.
+def models_promote(version: str, name: str) -> None:
+    """Let workers score with a version, by its name or alias, if it passes their gate. They change within 5 s."""
+    version = _life(common.settings(), name).promote(version)
+    click.echo(f"{version} is the champion of {name}")
 
-    They change within 5 s.
-    """
+
+@models.command("shadow", epilog="Example: headrace models shadow 0d5a4a3e77c1 deep --pipeline card-fraud")
+@click.argument("version")
+@click.argument("challenger")
+@common.pipeline_option
+def models_shadow(version: str, challenger: str, name: str) -> None:
+    """Let a version score the same events in the shadow, as challenger-CHALLENGER, if it passes the gate."""
+    from app.model_life import CHALLENGER
+
+    alias = f"{CHALLENGER}{challenger}"
     version = _life(common.settings(), name).promote(version, alias)
-    click.echo(f"{version} is the {alias} of {name}")
+    click.echo(f"{version} is {alias} of {name}")
 
 
 @models.command("rollback", epilog="Example: headrace models rollback --pipeline card-fraud")

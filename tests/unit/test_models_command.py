@@ -45,7 +45,7 @@ def test_a_version_from_its_promotion_to_the_archive(folder: ModelFolder) -> Non
     assert {v: row["aliases"] for v, row in listed().items()} == {FIRST: [CHAMPION], "second": []}
     assert models("promote", "second").stdout == "second is the champion of shop\n"
     assert models("rollback").stdout == f"{FIRST} is the champion of shop\n"
-    assert models("promote", "second", "--alias", "challenger-x").exit_code == 0
+    assert models("shadow", "second", "x").exit_code == 0
     assert listed()["second"]["aliases"] == ["challenger-x", "previous"]
     assert models("withdraw", "challenger-x").stdout == "second is no challenger-x of shop any more\n"
     assert listed()["second"]["aliases"] == ["previous"]
