@@ -124,12 +124,10 @@ async def profiles(run: Run) -> dict[str, Any]:
     mirror = Mirror(connect(run.addresses.redis_url), run.pipeline)
     try:
         await asyncio.sleep(1)  # a round of the mirror
-        found = {}
-        for n in range(TERMINALS):
-            terminal = await mirror.fetch(run.pipeline.entity("terminal"), str(n))
-            assert terminal is not None
-            found[str(n)] = (terminal.time, terminal.features)
-        return found
+        ids = [str(n) for n in range(TERMINALS)]
+        terminals = await mirror.read(run.pipeline.entity("terminal"), ids)
+        assert None not in terminals
+        return {id_: (t.time, t.features) for id_, t in zip(ids, terminals, strict=True) if t is not None}
     finally:
         await mirror.close()
 

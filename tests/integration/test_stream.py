@@ -215,7 +215,7 @@ async def test_bad_input_goes_to_the_dead_letters_and_the_stream_goes_on(
         assert metrics["headrace_dead_letters_total"] == len(letters)
         assert metrics["headrace_records_total{customer,duplicate}"] == 1
         async with aiohttp.ClientSession() as http:
-            values = await _features(http, f"{run.worker.url}/v1/features/customer/7", 2)
+            values = await _features(http, f"{run.worker.url}/v1/features/customer/7?at=newest", 2)
     assert {x.topic for x in letters} == {stream, label_topic}
     found = {(dead_letters.original(x).value, x.size, x.error) for x in letters}
     for _, value, reason in bad:
