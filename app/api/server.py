@@ -217,7 +217,9 @@ class _Api:
                 ).response()
             except (asyncio.CancelledError, ConnectionError):
                 raise  # the client has gone
-            except Exception:
+            except (
+                Exception
+            ):  # the edge: a defect in one answer ends no process, and is told, logged and counted as 500
                 log.exception("%s %s failed", route.method, route.plain_path)
                 response = ProblemError(
                     "internal", "The server failed, which is its own fault and stands in its log."

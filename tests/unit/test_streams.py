@@ -6,9 +6,14 @@ import json
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from agents.route import routes
+from app.dlq import _Sender
+from app.history import key_column
+from models.dead_letters import Origin as Place
+from models.dead_letters import Original
 from models.events import EventDecoder, given_ids, streams_of
 from models.fields import Field
 from models.filters import Filters
@@ -238,3 +243,21 @@ def test_the_topic_of_a_stream_does_not(bank: Pipeline) -> None:
 def test_one_stream_may_be_named_where_there_is_but_one() -> None:
     text = edited(SHOP, "{aggregate: count, window: 1d}", "{aggregate: count, from: orders, window: 1d}")
     assert parse(text).definition == shop().definition
+
+
+def test_a_letter_of_a_routed_stream_goes_back_to_where_it_came_from(bank: Pipeline) -> None:
+    """Producers key these topics as they like; the router finds the place of an event."""
+    counts = dict.fromkeys([s.topic for s in bank.streams], 8)
+    record = Original(b"any", login(), ())
+    for partition in range(8):
+        origin = Place(bank.streams[1].topic, partition, 7)
+        assert _Sender(bank, counts).target(origin, record) == (partition, b"any")
+
+
+def test_integers_that_a_file_holds_as_floats_make_the_same_keys() -> None:
+    """As a file has them some of whose keys are absent."""
+    whole = pa.table({"ACCOUNT": [1, 2], "PAYEE": ["a", "b"]})
+    floats = pa.table({"ACCOUNT": [1.0, 2.0], "PAYEE": ["a", "b"]})
+    keys = key_column(whole, ["ACCOUNT", "PAYEE"]).to_pylist()
+    assert key_column(floats, ["ACCOUNT", "PAYEE"]).to_pylist() == keys
+    assert keys == ["1|a", "2|b"]
